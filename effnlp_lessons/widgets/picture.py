@@ -1,0 +1,159 @@
+"""The base class of every explorer: controls above, one picture, one line of numbers below.
+
+A change of a control runs one chain: control values -> `numbers` -> picture, alt text, line. What does
+not change (axes, ticks, labels, curves) is drawn once and kept; an event draws the moving parts over it
+("blitting"), which takes a tenth of the time of a full drawing. The picture is a single ipywidgets Image
+that stays in the page, so nothing flickers and the page does not jump. No model runs in a handler: the
+numbers are closed forms or recorded results.
+
+The picture also works without a kernel (PNG and alt text are stored with the notebook's output), by
+keyboard (stock ipywidgets controls) and for screen readers (alt text as the picture's title, which is
+the only text attribute of the Image widget; browsers take it as the picture's name).
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import html
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from effnlp_lessons.widgets.style import course_style, new_figure, png_bytes
+
+
+class Explorer(ipywidgets.VBox):
+    """Base class. A subclass builds its controls, passes them to `__init__`, and defines:
+
+    - `numbers(**values)`: the dict of everything the picture says, from the values of the controls;
+    - `draw_static(figure, numbers)`: draw what stays; return the artists that move, lowest first;
+    - `draw(numbers)`: put the numbers into the artists that move (set_data, set_text, set_visible ...);
+    - `describe(numbers)`: the alt text;
+    - `summary(numbers)`: the line below the picture, plain text.
+
+    It may set `size` (inches, 100 dots each), `scene` (names of the controls that change what stays, so
+    that the picture is drawn anew), and define `idle(numbers)`, the names of the controls that change
+    nothing at the moment: they are greyed out.
+    """
+
+    size: tuple[float, float] = (9.0, 3.6)
+    scene: tuple[str, ...] = ()
+
+    def __init__(self, controls: dict[str, ipywidgets.ValueWidget]) -> None:
+        """Show `controls` (name -> widget, in this order) and the picture of their present values."""
+        unknown = set(self.scene) - set(controls)
+        if unknown:
+            raise ValueError(f"scene must name controls among {sorted(controls)}, got {sorted(unknown)}")
+        self.controls = controls
+        width, height = (round(100 * inches) for inches in self.size)
+        self.image = ipywidgets.Image(
+            format="png",
+            width=str(width),  # the room is kept before the first picture has arrived
+            height=str(height),
+            layout=ipywidgets.Layout(max_width="100%", height="auto", object_fit="contain"),
+        )
+        self.line = ipywidgets.HTML()
+        self.image.add_class("explorer-picture")
+        self.line.add_class("explorer-line")
+        row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        super().__init__([row, self.image, self.line])
+        self._numbers: dict[str, Any] = {}
+        self._drawn_scene: tuple | None = None
+        self._refresh()
+        for control in controls.values():
+            control.observe(self._refresh, names="value")
+
+    # ------------------------------------------------------------------------ what a subclass defines
+
+    def numbers(self, **values: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def draw_static(self, figure: Figure, numbers: dict[str, Any]) -> list[Artist]:
+        raise NotImplementedError
+
+    def draw(self, numbers: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def describe(self, numbers: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def summary(self, numbers: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def idle(self, numbers: dict[str, Any]) -> set[str]:
+        """Names of the controls that change nothing in this state."""
+        return set()
+
+    # ------------------------------------------------------------------------ what can be read
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values of the controls by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The numbers that the picture shows now (a copy)."""
+        return copy.deepcopy(self._numbers)
+
+    @property
+    def alt(self) -> str:
+        """The picture in words."""
+        return self.describe(self._numbers)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The picture shown now, uint8 (height, width, 4)."""
+        return np.array(self.figure.canvas.buffer_rgba())
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.values.items())
+        return f"{type(self).__name__}({settings})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The live widget and, for readers without a kernel, the picture as PNG with its alt text."""
+        data = super()._repr_mimebundle_(**kwargs)
+        data["image/png"] = base64.b64encode(self.image.value).decode()
+        return data, {"image/png": {"alt": self.alt}}
+
+    # ------------------------------------------------------------------------ the chain of one event
+
+    def _refresh(self, change: dict | None = None) -> None:
+        values = self.values
+        self._numbers = self.numbers(**values)
+        idle = self.idle(self._numbers)
+        for name, control in self.controls.items():
+            control.disabled = name in idle
+        scene = tuple(values[name] for name in self.scene)
+        if scene != self._drawn_scene:
+            self._draw_what_stays()
+            self._drawn_scene = scene
+        self._draw_what_moves()
+        with self.image.hold_sync():  # one message, so that the page loads one picture per event
+            self.image.value = png_bytes(np.asarray(self.figure.canvas.buffer_rgba()))
+            self.image.tooltip = self.alt
+        self.line.value = html.escape(self.summary(self._numbers), quote=False)
+
+    def _draw_what_stays(self) -> None:
+        self.figure = new_figure(*self.size)
+        with course_style():
+            self.moving = self.draw_static(self.figure, self._numbers)
+            for place, artist in enumerate(self.moving):
+                artist.set_animated(True)  # left out of the full drawing
+                artist.set_in_layout(False)  # the axes keep their place whatever the numbers are
+                artist.set_zorder(1_000 + place)  # as in the full drawing: above all that stays
+            self.figure.canvas.draw()
+        self.figure.set_layout_engine("none")
+        self._background = self.figure.canvas.copy_from_bbox(self.figure.bbox)
+
+    def _draw_what_moves(self) -> None:
+        canvas = self.figure.canvas
+        canvas.restore_region(self._background)
+        with course_style():
+            self.draw(self._numbers)
+            for artist in self.moving:
+                artist.draw(canvas.get_renderer())

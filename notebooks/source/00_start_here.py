@@ -1,0 +1,488 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+#   kernelspec: {display_name: Python 3 (ipykernel), language: python, name: python3}
+# ---
+
+# %% [markdown]
+# # Start here: what a Transformer costs
+#
+# Every lecture of this course makes a language model cheaper. So first: what is there to save? We take a real
+# model apart and look where its parameters, its arithmetic, its time and its memory go.
+#
+# **Lecture topic:** Efficiency, introduction. **Reading:** 35 minutes. **Running:** about 40 seconds on two cores,
+# no GPU, no network.
+#
+# **You need:** PyTorch, and the Transformer as in Vaswani et al. 2017. Nothing about efficiency.
+#
+# ## Learning goals
+#
+# After this notebook you can
+#
+# 1. say which part of a BERT-like encoder holds most parameters, and which does most of the work;
+# 2. write down the MACs of each part as a function of the text's length, and check the formula by counting;
+# 3. say from which length on attention costs more than the feed-forward, and why the clock disagrees;
+# 4. measure any model with the course's yardstick, and read its numbers with the right doubts.
+#
+# **How to read.** Run the cells from top to bottom. Where it says *predict first*, put your guess in place of
+# `None`: the answer stays hidden until you do.
+
+# %%
+import torch
+
+from effnlp_lessons import environment
+
+torch.set_num_threads(2)
+print(environment.as_table(environment.report()))
+
+# %% [markdown]
+# A line that starts with `MEND` is followed by the command that mends it. All others are fine.
+
+# %% [markdown]
+# ## 1. The model and the text
+#
+# Our model is **MiniLM-L6**: a BERT with 6 layers, 384 channels and 12 heads, trained to turn a sentence into a
+# vector (Wang et al. 2020; Reimers and Gurevych 2019). Our text is 10,605 sentences from movie reviews, each rated
+# by about twenty people (Hutto and Gilbert 2014). Both were fetched at set-up, with their checksums. Who made them,
+# and what you may do with them:
+
+# %%
+from effnlp_lessons.datasets import sources
+
+print(sources.citations())
+
+# %%
+from effnlp_lessons.datasets import reviews, tokenizer
+from effnlp_lessons.pretrained import load_minilm
+from effnlp_lessons.transformer import sentence_vectors
+
+minilm = load_minilm()
+data = reviews.load_reviews()
+texts = data.subset("dev").text[:300] + ["A love story that left me cold."]
+with torch.inference_mode():
+    vectors = sentence_vectors(minilm, *tokenizer.pad(tokenizer.encode(texts)))
+similarity = vectors[:-1] @ vectors[-1]
+print("Nearest to:", texts[-1])
+for index in similarity.topk(3).indices:
+    print(f"  {similarity[index]:.2f}  {texts[index]}")
+
+# %% [markdown]
+# It works: sentences close in meaning get vectors at a small angle. Now we open it up.
+#
+# ## 2. Where the parameters are
+#
+# **Predict first.** A table of 30,522 word pieces with 384 numbers each, then six layers. Which share of all
+# parameters is the table? (`start.share`, in per cent.)
+
+# %%
+from effnlp_lessons.homework import predict, reveal
+
+my_guess = None
+predict("start.share", my_guess)
+
+# %% tags=["nbval-check-output"]
+from effnlp_lessons.measure import count_parameters, transformer_parameters
+
+config = minilm.config
+parts = transformer_parameters(config)
+print(f"counted {count_parameters(minilm):,}   by formula {sum(parts.values()):,}")
+
+# %% tags=["reveal"]
+from effnlp_lessons.widgets.page import bars
+
+if (guess := reveal("start.share")) is not None:
+    share = 100 * config.vocab_size * config.d_model / count_parameters(minilm)
+    bars({part: count / 1e6 for part, count in parts.items()}, unit="million parameters",
+         caption=f"The word table alone holds {share:.1f} % of MiniLM-L6. Your guess: {guess:g} %.")
+
+# %% [markdown]
+# Half of this model is a look-up table. Looking a row up costs no arithmetic. So *a model's size and its work are
+# different things*: a method that shrinks the layers to nothing would still leave half of the file. Keep this in mind
+# for quantization (notebook 03) and for the capstone, where we trim the table itself.
+#
+# The formula is one line a part. This is the library's code; the notebook imports it and has no copy of its own.
+
+# %%
+from effnlp_lessons.widgets.page import show_source
+
+show_source(transformer_parameters)
+
+# %% [markdown]
+# ## 3. Where the work is: counting MACs
+#
+# One **MAC** is one multiplication and one addition, the step inside every matrix product. Papers that print FLOPs
+# count two per MAC.
+#
+# For one layer, $n$ tokens, $d$ channels and a feed-forward $d_{ff}$ wide:
+#
+# | part | matrix products | MACs |
+# |---|---|---|
+# | projections | four times $(n \times d)(d \times d)$ | $4nd^2$ |
+# | scores and mixing | $QK^\top$ and then weights times $V$ | $2n^2d$ |
+# | feed-forward | $(n \times d)(d \times d_{ff})$ and back | $2ndd_{ff}$ |
+#
+# The number of heads is not in it: twelve heads of 32 channels cost what one head of 384 costs.
+#
+# A formula can be wrong. `count_macs` does not use one: it runs the model, sees every operation that PyTorch
+# executes, and adds up the products. An operation that it does not know makes it stop.
+
+# %% tags=["nbval-check-output"]
+from effnlp_lessons.measure import block_macs, count_macs, transformer_macs
+
+for length in (16, 128, 512):
+    token_ids = torch.zeros(1, length, dtype=torch.long)
+    counted = count_macs(minilm, token_ids)
+    expected = transformer_macs(config, batch=1, length=length)
+    print(f"{length:3} tokens: {counted.total / 1e6:8,.1f} million MACs, as the formula says: "
+          f"{counted.by_part() == expected}")
+
+# %% tags=["nbval-check-output"]
+for length in (16, 128, 512):
+    layer = block_macs(config, length)
+    total = sum(layer.values())
+    print(f"{length:3} tokens: " + ", ".join(f"{part} {100 * macs / total:4.1f} %" for part, macs in layer.items()))
+
+# %% [markdown]
+# At the length of a sentence, attention's famous $n^2$ part is a few per cent of the work. Two thirds are the
+# feed-forward. If you want to make *this* model cheaper on *this* text, a faster attention will not help you.
+#
+# ## 4. Where attention overtakes
+#
+# **Predict first.** MiniLM-L6 has $d = 384$ and $d_{ff} = 1536$. From which length do scores and mixing cost more
+# MACs than the feed-forward? (`start.crossing`, in tokens.)
+
+# %%
+my_guess = None
+predict("start.crossing", my_guess)
+
+# %% tags=["reveal"]
+if (guess := reveal("start.crossing")) is not None:
+    for length in sorted({128, 512, 768, 1536, int(guess)}):
+        layer = block_macs(config, length)
+        ratio = layer["attention scores and mixing"] / layer["feed-forward"]
+        print(f"{length:5} tokens: scores and mixing / feed-forward = {ratio:.2f}" + "   <- your guess" * (length == guess))
+
+# %% [markdown]
+# Set the two equal: $2n^2d = 2ndd_{ff}$, so $n = d_{ff}$. In most Transformers $d_{ff} = 4d$. **Scores and mixing
+# overtake the feed-forward at four times the width**, whatever the depth and the number of heads. The projections
+# belong to attention too; with them, attention as a whole overtakes at $n = 2d$.
+
+# %% tags=["nbval-check-output"]
+at = block_macs(config, config.d_ff)
+print("equal at n = d_ff:", at["attention scores and mixing"] == at["feed-forward"])
+at = block_macs(config, 2 * config.d_model)
+print("attention as a whole equals the feed-forward at n = 2d:",
+      at["attention projections"] + at["attention scores and mixing"] == at["feed-forward"])
+
+# %% [markdown]
+# MiniLM-L6 can read 512 tokens. Its crossing lies at 1,536, out of reach. Drag the length and watch it come. Then
+# choose a wider model: the crossing moves away.
+
+# %%
+from effnlp_lessons.studies.cost_by_length import times_by_part
+from effnlp_lessons.studies.runner import load_results
+from effnlp_lessons.widgets.cost_explorer import CostExplorer
+
+recorded = load_results("cost_by_length")
+explorer = CostExplorer(length=512, times=times_by_part(recorded))
+explorer
+
+# %% [markdown]
+# ## 5. The clock disagrees
+#
+# MACs are easy to count. But nobody waits for MACs. If a MAC cost the same everywhere, the clock would put the
+# crossing at 1,536 tokens as well.
+#
+# **Predict first.** On the clock, do scores and mixing overtake the feed-forward *earlier*, at the *same* length or
+# *later*? (`start.clock`)
+
+# %%
+my_guess = None
+predict("start.clock", my_guess)
+
+# %% [markdown]
+# First a small run on your machine, then the recorded one: the same function, more lengths, five seeds, on two cores
+# of the machine that built this course. A block does not know about positions, so it can be timed beyond 512.
+
+# %% tags=["reveal"]
+from effnlp_lessons.studies import cost_by_length
+
+if (guess := reveal("start.clock")) is not None:
+    torch.set_num_threads(1)
+    live = cost_by_length.run({"lengths": [256, 512, 1024, 1536], "runs": 3}, seed=0).numbers
+    torch.set_num_threads(2)
+    print("tokens   scores and mixing   feed-forward   (milliseconds, your machine, one thread)")
+    rows = zip(live["lengths"], *(live["seconds"][part] for part in ("attention scores and mixing", "feed-forward")))
+    for length, attention, feed_forward in rows:
+        print(f"{length:6} {1e3 * attention:12.1f} {1e3 * feed_forward:18.1f}" + "   <- overtaken" * (attention > feed_forward))
+    print("Your guess:", guess)
+
+# %% tags=["reveal"]
+from effnlp_lessons.widgets.page import lines
+
+if reveal("start.clock") is not None:
+    lengths, series = recorded["runs"][0]["lengths"], cost_by_length.seconds_by_run(recorded)
+    crossings = cost_by_length.crossings(recorded)
+    lines(lengths, {part: [[1e3 * s for s in run] for run in runs] for part, runs in series.items()},
+          x_label="length (tokens)", y_label="milliseconds per layer",
+          caption="One MiniLM layer, one thread, median of 5 recorded runs, shaded from the smallest to the largest. "
+          f"Written out, attention overtakes the feed-forward at {crossings['written out'][0]:,.0f} tokens "
+          f"({crossings['written out'][1]:,.0f} to {crossings['written out'][2]:,.0f}), "
+          f"fused at {crossings['fused'][0]:,.0f} ({crossings['fused'][1]:,.0f} to {crossings['fused'][2]:,.0f}), "
+          f"in MACs at {config.d_ff:,}.")
+
+# %% [markdown]
+# Earlier. The two parts do not do the same kind of work. The feed-forward multiplies large matrices and touches each
+# number many times. Attention makes a table of $n \times n$ scores for every head, writes it to memory, reads it back
+# for the mask, for the softmax, for the product with $V$. Multiplying is fast; *moving bytes* is slow.
+#
+# The third curve is the proof: a **fused** kernel that does the same arithmetic and never stores the scores. It is
+# several times faster on long texts, at equal MACs. Notebook 11 builds it (FlashAttention).
+#
+# The lesson for the course: *a MAC saved is not a second saved*. Each method must be timed.
+
+# %% [markdown]
+# ## 6. Memory
+#
+# How many bytes must be held at once, beyond the weights? This needs no clock. The allocator keeps the books.
+
+# %%
+from effnlp_lessons.measure import peak_memory
+from effnlp_lessons.transformer import attention_scores, dense_attention
+
+print("tokens   one layer's scores   peak, written out   peak, fused   (MB)")
+for length in (128, 512, 1024):
+    q = k = v = torch.zeros(1, config.heads, length, config.d_head)
+    written_out = peak_memory(lambda: dense_attention(q, k, v))
+    fused = peak_memory(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    scores = config.heads * length**2 * 4
+    print(f"{length:6} {scores / 1e6:16.1f} {written_out / 1e6:19.1f} {fused / 1e6:13.1f}")
+
+# %% [markdown]
+# Twice the length, four times the scores; and written out, two copies of them are alive at the same moment. The
+# weights of all six layers are 43 MB. At 1,024 tokens a single layer's scores are more than that.
+
+# %% tags=["nbval-check-output"]
+q = k = torch.zeros(1, config.heads, 1024, config.d_head)
+layers_bytes = 4 * sum(p.numel() for p in minilm.blocks.parameters())
+print(f"weights of the layers {layers_bytes / 1e6:.0f} MB; scores of one layer at 1,024 tokens "
+      f"{attention_scores(q, k).nbytes / 1e6:.0f} MB")
+
+# %% [markdown]
+# ## 7. The yardstick
+#
+# Every lecture ends with one table, made by one function. Five numbers a model: parameters, bytes on disk, MACs,
+# latency, peak memory. None of them replaces another.
+#
+# * *On disk* is the size of a file that was really written.
+# * *MACs* and *peak memory* are exact, and the same on every machine.
+# * *Latency* is a median with its quartiles, on your machine, today. Trust ratios from one run, not seconds.
+
+# %%
+from effnlp_lessons.measure import cost, table
+
+costs = {}
+for length in (16, 128, 512):
+    token_ids = torch.randint(1000, 30_000, (1, length))
+    costs[f"MiniLM-L6, {length} tokens"] = cost(minilm, token_ids, runs=7)
+print(table(costs))
+
+# %% [markdown]
+# ### Free of charge: do not compute padding
+#
+# One saving needs no new method. Sentences in a batch are padded to the longest. Count the token slots of one epoch
+# over the training reviews, in batches of 32.
+
+# %% tags=["nbval-check-output"]
+from effnlp_lessons.training import bucketed_batches
+
+lengths = [len(ids) for ids in tokenizer.encode(data.subset("train").text)]
+
+
+def slots(batches):
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
+generator = torch.Generator().manual_seed(0)
+random_order = bucketed_batches(lengths, 32, generator, pool=1)
+by_length = bucketed_batches(lengths, 32, generator)
+print(f"real tokens {sum(lengths) / 1e3:.0f} k; to the longest of all {max(lengths) * len(lengths) / 1e3:.0f} k")
+print(f"random batches use {slots(random_order) / sum(lengths):.2f} slots a token")
+print(f"batches of similar length use {slots(by_length) / sum(lengths):.2f}")
+
+# %% [markdown]
+# ### The teacher
+#
+# A cheap model that is wrong is no use, so beside cost we need accuracy. The course's task: is a review positive or
+# negative? The course's **teacher** is MiniLM-L6 fine-tuned for it. What is shipped is only the
+# difference to MiniLM, a file of about a megabyte.
+
+# %%
+from effnlp_lessons.classification import ReviewExamples, accuracy
+from effnlp_lessons.pretrained import load_teacher, teacher_path
+
+study = load_results("teacher")
+for run in study["runs"]:
+    print(f"seed {run['seed']}: dev {run['dev accuracy']:.1f} %, {run['seconds'] / 60:.0f} minutes on one core")
+shipped = study["shipped"]
+print(f"shipped: seed {shipped['seed']}, {teacher_path().stat().st_size / 1e6:.2f} MB, "
+      f"dev {shipped['dev accuracy']:.1f} %, test {shipped['test accuracy']:.1f} % (read once)")
+
+teacher = load_teacher()
+sample = ReviewExamples(data.subset("dev"), limit=200)
+print(f"measured now on 200 dev sentences: {accuracy(teacher, sample):.1f} %")
+
+# %% [markdown]
+# 200 sentences give a standard error of about 2.5 points, 2,000 about 0.8. Two models that differ by less are not
+# told apart by one measurement. The course says so wherever it compares.
+
+# %%
+with torch.inference_mode():
+    for text in ("A love story that left me cold.", "A love story that left me in tears, twice."):
+        negative, positive = teacher(*tokenizer.pad(tokenizer.encode([text]))).softmax(-1)[0]
+        print(f"positive {100 * positive:5.1f} %   {text}")
+
+# %% [markdown]
+# ## 8. What attention does with your sentence
+#
+# Now that we know what attention costs, see what it does. **Change the sentence and run the cell again.** Each
+# square is a head: rows are the tokens that look, columns the tokens they look at.
+
+# %%
+from effnlp_lessons.transformer import masked_softmax
+from effnlp_lessons.widgets.page import attention_maps
+
+sentence = "The plot is thin, but the actors make it work."
+layer = 3  # 0 to 5
+
+encoded = tokenizer.load_tokenizer().encode(sentence)
+with torch.inference_mode():
+    scores = minilm(torch.tensor([encoded.ids]), return_scores=True).scores
+weights = torch.stack([masked_softmax(raw, None)[0] for raw in scores])  # (layers, heads, length, length)
+attention_maps(weights[layer], encoded.tokens, caption=f"The {config.heads} heads of layer {layer}: `{sentence}`")
+
+# %% [markdown]
+# Most squares are nearly empty, and many have two bright columns at the edges. How much of all attention goes to
+# the two tokens that mean nothing, `[CLS]` and `[SEP]`?
+
+# %%
+ends = weights[..., [0, -1]].sum(-1).mean((1, 2))
+uniform = 2 / len(encoded.ids)
+print(f"if attention were even: {100 * uniform:.0f} %")
+print("by layer:", ", ".join(f"{100 * share:.0f} %" for share in ends))
+
+# %% [markdown]
+# A head that has nothing to say must still spend its weight, for the softmax sums to one. It parks it on the ends
+# (Clark et al. 2019 found the same in BERT). So most of the $n^2$ pairs carry little. Notebooks 08 to 10 are about
+# not computing them.
+
+# %% [markdown]
+# ## Paper and ours
+#
+# | what | printed | here |
+# |---|---|---|
+# | parameters of BERT-base | 110 M (Devlin et al. 2018, sec. 3) | see the cell below |
+# | FLOPs of BERT-base | 22.5 B (Jiao et al. 2019, Table 1) | see the cell below |
+
+# %% tags=["nbval-check-output"]
+from effnlp_lessons.transformer import BERT_BASE
+
+macs = {part: count for part, count in transformer_macs(BERT_BASE, batch=1, length=128).items() if part != "pooler"}
+print(f"BERT-base: {sum(transformer_parameters(BERT_BASE).values()):,} parameters")
+print(f"BERT-base at 128 tokens: {sum(macs.values()) / 1e9:.2f} G MACs = {2 * sum(macs.values()) / 1e9:.2f} G FLOPs")
+
+# %% [markdown]
+# The printed FLOPs are twice our MACs, at 128 tokens, plus a little that we leave out (biases, softmax, norms). The
+# paper names neither the factor nor the length; only this reading gives its number. Always ask both.
+
+# %% [markdown]
+# ## Choose by cost
+#
+# Three situations. What would you make cheaper first? Think, then open.
+#
+# <details><summary><b>A phone, one short message at a time, 25 MB for the app.</b></summary>
+#
+# Bytes. Half of MiniLM's 91 MB is the word table. Fewer bits a weight (03), a smaller table (14). A faster
+# attention changes nothing at 20 tokens.
+# </details>
+#
+# <details><summary><b>A server that scores a million reviews a night.</b></summary>
+#
+# MACs of the feed-forward and the projections, and padding. Batches of similar length first: they are free. Then a
+# smaller student (01, 02), integers (03), structured pruning (07).
+# </details>
+#
+# <details><summary><b>A document of 16,000 tokens.</b></summary>
+#
+# The n² part, in time and in memory. A pattern (08), buckets (09), a linear or recurrent form (10, 13), or the exact
+# fused kernel (11).
+# </details>
+
+# %% [markdown]
+# ## The map of the course
+#
+# | topic | notebooks | saves |
+# |---|---|---|
+# | knowledge distillation | 01, 02 | layers and width: a small model learns from a large one |
+# | quantization | 03, 04 | bits per number |
+# | pruning | 05, 06, 07 | weights, heads, neurons |
+# | efficient attention | 08, 09, 10, 11 | the n² pairs, or the bytes moved for them |
+# | efficient architectures | 12, 13 | work per token (experts), or attention itself (state spaces) |
+# | all together | 14 | the teacher, within one point of accuracy |
+
+# %% [markdown]
+# ## Common mistakes
+#
+# * **"Attention is the expensive part."** Below twice the width it is not, and most sentences are below.
+# * **Comparing FLOPs with MACs.** A factor of two looks like a result.
+# * **Timing once.** The first call sets things up; later calls vary. Warm up, repeat, show the spread.
+# * **Padding in the average.** A mean over padded positions makes a sentence's vector depend on its neighbours in the
+#   batch.
+# * **Calling a file small because the numbers in it are simple.** Zeros take four bytes each until someone writes them
+#   differently.
+
+# %% [markdown]
+# ## Quiz
+#
+# **1. You halve the number of heads and keep the width. The MACs of attention**
+# <details><summary>halve</summary>No. Each head gets twice the channels: heads times channels per head stays d.</details>
+# <details><summary>stay the same</summary>Yes. Both parts of the formula, 4nd² and 2n²d, know only d.</details>
+# <details><summary>double</summary>No. Fewer, wider heads do the same products.</details>
+#
+# **2. MiniLM-L6 reads sentences of 20 tokens. Which change saves most MACs?**
+# <details><summary>attention at no cost at all</summary>No. At this length scores and mixing are below one per cent.</details>
+# <details><summary>a feed-forward half as wide</summary>Yes. It is two thirds of the work, so a third is saved.</details>
+# <details><summary>half the vocabulary</summary>No. Look-ups cost no MACs. It saves bytes on disk.</details>
+#
+# **3. A fused kernel gives the same numbers several times faster. It saves**
+# <details><summary>MACs</summary>No. The same products are computed.</details>
+# <details><summary>bytes moved</summary>Yes. The table of scores is never written to memory and read back.</details>
+# <details><summary>parameters</summary>No. Attention's n² part has none.</details>
+#
+# **4. Ninety per cent of a layer's weights are set to zero. The file, stored as before, is**
+# <details><summary>a tenth</summary>No. A zero in float32 takes four bytes like any number.</details>
+# <details><summary>as large as before</summary>Yes. Size and time change only when the format or the shape does (05, 07).</details>
+# <details><summary>larger</summary>Not as stored here; but a sparse format with indices can be, at few zeros (05).</details>
+#
+# **5. Model A gets 88.0 %, model B 87.6 % on the same 2,000 test sentences, one run each.**
+# <details><summary>A is better</summary>Not shown. The standard error of each is about 0.7 points.</details>
+# <details><summary>They cannot be told apart</summary>Yes, not from one run. Several seeds, or a paired test, might.</details>
+# <details><summary>They are equal</summary>Not shown either. No difference seen is not no difference.</details>
+
+# %% [markdown]
+# ## Where next
+#
+# The homework to this notebook is `homework/00_start_here.ipynb`: five short exercises with instant feedback. After
+# it, any topic can come first; the notebooks of one topic build on each other.
+#
+# ## References
+#
+# * Clark, Khandelwal, Levy, Manning 2019. *What Does BERT Look At?* arXiv 1906.04341.
+# * Devlin, Chang, Lee, Toutanova 2018. *BERT.* arXiv 1810.04805.
+# * Hu et al. 2021. *LoRA: Low-Rank Adaptation of Large Language Models.* arXiv 2106.09685.
+# * Hutto, Gilbert 2014. *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.* ICWSM.
+# * Jiao et al. 2019. *TinyBERT.* arXiv 1909.10351.
+# * Reimers, Gurevych 2019. *Sentence-BERT.* arXiv 1908.10084.
+# * Vaswani et al. 2017. *Attention Is All You Need.* arXiv 1706.03762.
+# * Wang et al. 2020. *MiniLM.* arXiv 2002.10957.

@@ -1,0 +1,173 @@
+"""The explorer in a real page: every assertion compares with what the Python class gives for that state."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effnlp_lessons.widgets.cost_explorer import LENGTHS, CostExplorer
+
+SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
+PNG_OF_PAGE = """async () => {
+    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
+    const reader = new FileReader();
+    return await new Promise(done => {
+        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
+WATCH = """() => {
+    const picture = document.querySelector('img.explorer-picture');
+    const output = picture.closest('.jp-OutputArea');
+    window.seen = {frames: 0, missing: 0, replaced: 0, removed: 0, heights: new Set(), widths: new Set()};
+    new MutationObserver(list => list.forEach(change => change.removedNodes.forEach(node => {
+        if (node.nodeName === 'IMG' || node.querySelector?.('img')) window.seen.removed += 1 })))
+        .observe(output, {childList: true, subtree: true});
+    const look = () => {
+        const now = document.querySelector('img.explorer-picture'), box = now?.getBoundingClientRect();
+        window.seen.frames += 1;
+        if (!now || now.naturalWidth === 0 || box.height < 100) window.seen.missing += 1;
+        if (now !== picture) window.seen.replaced += 1;
+        window.seen.heights.add(Math.round(output.getBoundingClientRect().height));
+        window.seen.widths.add(Math.round(box?.width ?? 0));
+        if (!window.stop) requestAnimationFrame(look) };
+    requestAnimationFrame(look) }"""
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+class Page:
+    """The explorer on the page: its handles and what it shows."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.slider = page.locator(".widget-hslider")
+        self.handle = self.slider.locator(".noUi-handle")
+        self.picture = page.locator("img.explorer-picture")
+
+    @property
+    def length(self) -> int:
+        return int(self.slider.locator(".widget-readout").inner_text().replace(",", ""))
+
+    def assert_shows(self, expected: CostExplorer) -> None:
+        """Line, title and pixels, in the file and on the screen, are those of this state."""
+        self.page.wait_for_function(SETTLED, arg=expected.summary(expected.state), timeout=5_000)
+        self.page.wait_for_function(
+            "alt => document.querySelector('img.explorer-picture').title === alt",
+            arg=expected.alt,
+            timeout=5_000,
+        )
+        of_class = pixels(bytes(expected.image.value))
+        assert np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)
+        self.page.mouse.move(5, 5)
+        on_screen = pixels(self.picture.screenshot())
+        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
+        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+
+    def drag(self, moves: int, step: float) -> None:
+        """Drag the handle with the mouse, `moves` steps of `step` pixels, a frame apart."""
+        self.handle.scroll_into_view_if_needed()
+        box = self.handle.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        for move in range(1, moves + 1):
+            self.page.mouse.move(x + move * step, y)
+            self.page.wait_for_timeout(16)
+        self.page.mouse.up()
+
+
+@pytest.fixture(scope="module")
+def opened(lab):
+    lab.server.write(
+        "explorer.ipynb",
+        ["from effnlp_lessons.widgets.cost_explorer import CostExplorer", "CostExplorer(length=128)"],
+    )
+    lab.open("explorer.ipynb")
+    return lab
+
+
+@pytest.fixture
+def explorer(opened, quiet) -> Page:
+    opened.run_all()  # a fresh explorer, at 128 tokens
+    page = Page(opened.page)
+    page.picture.wait_for()
+    page.page.wait_for_function(SETTLED, arg=CostExplorer(length=128).summary(CostExplorer().state))
+    return page
+
+
+def test_it_shows_what_the_class_gives(explorer):
+    assert explorer.length == 128
+    explorer.assert_shows(CostExplorer(length=128))
+
+
+def test_the_mouse_drags_the_length(explorer):
+    for moves, step in ((6, 12), (10, 9), (12, -14)):
+        before = explorer.length
+        explorer.drag(moves, step)
+        assert (explorer.length - before) * step > 0
+        explorer.assert_shows(CostExplorer(length=explorer.length))
+
+
+def test_the_keyboard_moves_the_length(explorer):
+    explorer.handle.focus()
+    place = LENGTHS.index(128)
+    for key, steps in (("ArrowRight", 3), ("ArrowLeft", 1), ("ArrowRight", 2)):
+        for _ in range(steps):
+            explorer.page.keyboard.press(key)
+        place += steps if key == "ArrowRight" else -steps
+        explorer.assert_shows(CostExplorer(length=LENGTHS[place]))
+        assert explorer.length == LENGTHS[place]
+    explorer.page.keyboard.press("End")
+    explorer.assert_shows(CostExplorer(length=4_096))
+
+
+def test_the_keyboard_reaches_model_and_view(explorer):
+    explorer.handle.focus()
+    explorer.page.keyboard.press("Tab")
+    explorer.page.keyboard.press("ArrowDown")
+    explorer.assert_shows(CostExplorer(length=128, model="BERT-base"))
+    explorer.page.keyboard.press("Tab")
+    explorer.page.keyboard.press("Tab")
+    explorer.page.keyboard.press("Enter")
+    explorer.assert_shows(CostExplorer(length=128, model="BERT-base", view="clock"))
+    # nothing is recorded here, so the length is greyed out
+    assert explorer.slider.locator(".noUi-target").get_attribute("disabled") is not None
+
+
+def test_a_screen_reader_finds_the_picture_by_its_alt_text(explorer):
+    tree = explorer.page.context.new_cdp_session(explorer.page).send("Accessibility.getFullAXTree")
+    names = [n["name"]["value"] for n in tree["nodes"] if n.get("role", {}).get("value") == "image"]
+    assert CostExplorer(length=128).alt in names
+    sliders = [n for n in tree["nodes"] if n.get("role", {}).get("value") == "slider"]
+    assert len(sliders) == 1
+
+
+def test_nothing_flickers_while_dragging(explorer):
+    explorer.handle.scroll_into_view_if_needed()
+    explorer.page.evaluate(WATCH)
+    explorer.drag(40, 4)
+    explorer.assert_shows(CostExplorer(length=explorer.length))
+    seen = explorer.page.evaluate(
+        """() => { window.stop = true;
+            return {...window.seen, heights: [...window.seen.heights], widths: [...window.seen.widths]} }"""
+    )
+    assert explorer.length > 512
+    assert seen["frames"] > 40
+    assert (seen["missing"], seen["replaced"], seen["removed"]) == (0, 0, 0), seen
+    assert len(seen["heights"]) == 1 and seen["widths"] == [900], seen
+
+
+def test_a_narrow_window_shrinks_the_picture_whole(explorer):
+    explorer.page.set_viewport_size({"width": 900, "height": 900})
+    try:
+        explorer.page.wait_for_function(
+            "() => document.querySelector('img.explorer-picture').getBoundingClientRect().width < 890"
+        )
+        box = explorer.picture.bounding_box()
+        assert box["height"] / box["width"] == pytest.approx(390 / 900, rel=0.01)
+        room = explorer.page.locator(".jp-OutputArea-output:has(img.explorer-picture)").bounding_box()
+        assert box["x"] + box["width"] <= room["x"] + room["width"] + 1
+    finally:
+        explorer.page.set_viewport_size({"width": 1_400, "height": 900})
