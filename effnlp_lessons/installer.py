@@ -26,8 +26,13 @@ from effnlp_lessons.paths import ROOT
 OLDEST_PYTHON = (3, 11)
 EXTRAS = "test,author,scale,grading"
 NEEDED_BYTES = 4_000_000_000  # 2.5 GB of packages with the CPU build of torch, and pip's working copies
+NEEDED_WITH_CUDA = "8 GB with a CUDA build of torch"
 UPDATE_BYTES = 1_000_000_000  # to change packages of a finished .venv
 TELLING = re.compile(r"^ *Downloading .*(\d\d(\.\d+)? MB|GB)\)|^Installing collected packages")
+CUDA_HINT = (
+    "    pip takes the CUDA build of torch, several GB. Without an NVIDIA GPU you can stop it (Ctrl-C) and set\n"
+    "    TORCH_INDEX to the CPU address that PyTorch's installation page shows: TORCH_INDEX=ADDRESS make lab"
+)
 UNREACHABLE = (  # what pip's output holds when it could not talk to its index
     "Retrying (Retry(",
     "NewConnectionError",
@@ -80,8 +85,8 @@ def check_disk(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed:
         raise SetupError(
-            f"The install needs about {needed / 1e9:.0f} GB of disk space, and {free / 1e9:.1f} GB are free "
-            f"at {root}: make room, then give the same command again."
+            f"The install needs about {needed / 1e9:.0f} GB of disk space ({NEEDED_WITH_CUDA}), and "
+            f"{free / 1e9:.1f} GB are free at {root}: make room, then give the same command again."
         )
 
 
@@ -89,19 +94,20 @@ def wanted_stamp(root: Path, torch_index: str) -> dict:
     """The stamp of a finished install of this checkout with this Python.
 
     `home` is what cannot change without building `.venv` anew: the folder (its scripts name it), the Python.
-    `packages` is a hash of what an install reads: dependencies, extras and tested versions. The other parts
-    of pyproject.toml are left out, so that a changed linter setting costs no install.
+    `packages` is a hash of what an install reads: dependencies, extras, tested versions, and the course's own
+    version. The other parts of pyproject.toml are left out, so that a changed linter setting costs no install.
     """
     import tomllib  # since Python 3.11
 
     pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     tools = pyproject.get("tool", {}).get("setuptools")
     constraints = (root / "constraints.txt").read_text(encoding="utf-8")
-    read = json.dumps([pyproject.get("build-system"), pyproject.get("project"), tools, EXTRAS, constraints])
+    version = (root / "effnlp_lessons" / "__init__.py").read_text(encoding="utf-8")
+    parts = [pyproject.get("build-system"), pyproject.get("project"), tools, version, EXTRAS, constraints]
     return {
         "finished": True,
         "home": f"{root}, {platform.python_implementation()} {sys.version_info[0]}.{sys.version_info[1]}",
-        "packages": hashlib.sha256(read.encode()).hexdigest(),
+        "packages": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         "torch_index": torch_index,
     }
 
@@ -133,9 +139,7 @@ def install(root: Path = ROOT) -> None:
     """
     check_python(sys.version_info)
     if not (root / "pyproject.toml").is_file() or not (root / "constraints.txt").is_file():
-        raise SetupError(
-            f"There are no pyproject.toml and constraints.txt in {root}: run this in a full clone."
-        )
+        raise SetupError(f"There are no pyproject.toml and constraints.txt in {root}: run this in a full clone.")
     torch_index = os.environ.get("TORCH_INDEX", "")
     try:
         if is_up_to_date(root, torch_index):
@@ -237,6 +241,7 @@ def run(name: str, command: list[str], root: Path, lock) -> None:
     """Run one step of the install: its name and seconds are printed, its output is added to the log.
 
     Long downloads and the unpacking are announced; otherwise a line of its output is shown every 15 seconds.
+    A CUDA build of torch is announced before pip fetches it.
 
     Raises:
         SetupError: one sentence on why the step failed.
@@ -257,6 +262,8 @@ def run(name: str, command: list[str], root: Path, lock) -> None:
     with process, open(root / ".venv" / "install.log", "a", encoding="utf-8") as log:
         for line in process.stdout:
             log.write(line)
+            if line.startswith("Collecting nvidia-") and "Collecting nvidia-" not in "".join(lines):
+                print(CUDA_HINT, flush=True)
             lines.append(line)
             if TELLING.search(line) or time.perf_counter() - shown > 15:
                 shown = time.perf_counter()
@@ -270,7 +277,7 @@ def why_it_failed(output: str) -> str:
     """One sentence for the student from what pip, or the making of the environment, printed."""
     errors = re.findall(r"^ *(?:ERROR|error|Error): (.+)$", output, re.MULTILINE)
     if "No space left on device" in output:
-        reason = f"The disk is full: make room (about {NEEDED_BYTES / 1e9:.0f} GB in all)"
+        reason = f"The disk is full: make room (about {NEEDED_BYTES / 1e9:.0f} GB in all, {NEEDED_WITH_CUDA})"
     elif "ResolutionImpossible" in output:
         reason = "pip found no versions that fit together: undo changes to pyproject.toml and constraints.txt"
     elif any(words in output for words in UNREACHABLE):

@@ -50,9 +50,7 @@ CHECK_CALL = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PROGRESS_BAR = re.compile(r"\d+%\|")
-OUTSIDE_IMAGE = re.compile(
-    r"""<img[^>]+src=["']?(?:https?:)?//|!\[[^\]]*\]\(\s*(?:https?:)?//""", re.IGNORECASE
-)
+OUTSIDE_IMAGE = re.compile(r"""<img[^>]+src=["']?(?:https?:)?//|!\[[^\]]*\]\(\s*(?:https?:)?//""", re.IGNORECASE)
 
 
 class BuildError(Exception):
@@ -179,9 +177,7 @@ def _homework_rules(text: NotebookNode, source: Path) -> None:
     for cell in text.cells:
         _cell_rules(cell, source)
         if MARKER.search(SOLUTION.sub("", cell.source + "\n")):
-            raise BuildError(
-                f"{source.name}: a region is not closed, or a starter stands alone: {_start(cell)}"
-            )
+            raise BuildError(f"{source.name}: a region is not closed, or a starter stands alone: {_start(cell)}")
         if bool(SOLUTION.search(cell.source)) != ("exercise" in tags(cell)):
             raise BuildError(f"{source.name}: solution and tag `exercise` go together: {_start(cell)}")
         if "check" in tags(cell) and not CHECK_CALL.search(cell.source):
@@ -213,8 +209,12 @@ def _start(cell: NotebookNode) -> str:
 # ----------------------------------------------------------------------------- running
 
 
-def execute(notebook: NotebookNode, folder: Path) -> None:
-    """Run the notebook in `folder` with this Python, on one thread; its outputs are stored in place."""
+def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False) -> None:
+    """Run the notebook in `folder` with this Python, on one thread; its outputs are stored in place.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: at the first cell that fails, unless errors are allowed.
+    """
     manager = AsyncKernelManager(kernel_name="python3")
     manager.kernel_spec.argv[0] = sys.executable  # the kernel of this environment, whatever else is installed
     manager.kernel_spec.argv.append("--IPKernelApp.log_level=ERROR")
@@ -222,6 +222,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         notebook,
         km=manager,
         timeout=CELL_SECONDS,
+        allow_errors=allow_errors,
         store_widget_state=False,
         record_timing=False,
         coalesce_streams=True,
@@ -326,17 +327,16 @@ def check(folder: Path = HERE, files: list[Path] = ()) -> list[str]:
             name = target.path.relative_to(folder.parent)
             reason = drift(target)
             if reason:
-                problems.append(
-                    f"{name} {reason}: edit {source.relative_to(folder.parent)} and run `{COMMAND}`"
-                )
+                text = source.relative_to(folder.parent)
+                problems.append(f"{name} {reason}. Its text is {text}; run `{COMMAND}`.")
                 continue
             found = output_problems(nbformat.read(target.path, 4), folder)
-            problems += [f"{name}: {problem}; run `{COMMAND}`" for problem in found]
+            problems += [f"{name}: {problem}. Run `{COMMAND}`." for problem in found]
     if not files:
         places = ("*.ipynb", "homework/*.ipynb", "homework/solutions/*.ipynb")
         stored = {path for place in places for path in folder.glob(place)}
         problems += [
-            f"{path.relative_to(folder.parent)} has no text in {folder.name}/source: add it, or delete this"
+            f"{path.relative_to(folder.parent)} has no text in {folder.name}/source: add it, or delete this."
             for path in sorted(stored - expected)
         ]
     return problems
@@ -391,13 +391,9 @@ def checked_cells(notebook: NotebookNode) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Build the notebooks from their text, or check them against it."
-    )
+    parser = argparse.ArgumentParser(description="Build the notebooks from their text, or check them against it.")
     parser.add_argument("command", choices=("build", "check"))
-    parser.add_argument(
-        "files", nargs="*", type=lambda name: Path(name).resolve(), help="texts (default: all)"
-    )
+    parser.add_argument("files", nargs="*", type=lambda name: Path(name).resolve(), help="texts (default: all)")
     parser.add_argument("--force", action="store_true", help="run unchanged texts, too")
     chosen = parser.parse_args(arguments)
     if chosen.command == "check":

@@ -52,9 +52,7 @@ def test_a_missing_package_is_told_with_its_command(packages, package, monkeypat
     assert "-m pip install -c constraints.txt -e ." in finding.mend
 
 
-@pytest.mark.parametrize(
-    "version, ok", [("2.8.1", False), ("2.9", True), ("2.13.0+cpu", True), ("10.0", True)]
-)
+@pytest.mark.parametrize("version, ok", [("2.8.1", False), ("2.9", True), ("2.13.0+cpu", True), ("10.0", True)])
 def test_versions_are_compared_as_numbers(packages, version, ok):
     packages["torch"] = version
     assert row("torch").ok is ok
@@ -69,12 +67,8 @@ def test_triton_is_no_loss_where_it_cannot_be(packages, monkeypatch):
 
 
 def test_torch_is_asked_only_when_it_is_there_already():
-    code = (
-        "import sys; from effnlp_lessons import environment as e; e.report(); print('torch' in sys.modules)"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    code = "import sys; from effnlp_lessons import environment as e; e.report(); print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == "False\n"
 
 
@@ -113,6 +107,7 @@ def test_the_teachers_checkpoint_is_looked_for(tmp_path, monkeypatch):
 def test_the_disk_has_room_or_not(monkeypatch, free, ok):
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert row("disk").ok is ok
+    assert bool(row("disk").mend) is not ok
     assert f"{free / 1e9:.1f} GB free" in row("disk").found
 
 

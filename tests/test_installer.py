@@ -224,9 +224,7 @@ def test_a_full_disk_is_told_before_anything_is_written(machine, monkeypatch):
 
 
 def test_a_missing_venv_module_is_named(machine, monkeypatch):
-    monkeypatch.setattr(
-        installer.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else 1
-    )
+    monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else 1)
     with pytest.raises(SetupError) as error:
         installer.install(machine.project)
     assert_one_sentence(str(error.value), "python3-venv")
@@ -250,16 +248,16 @@ def test_a_folder_that_cannot_be_written(machine, monkeypatch, number):
     assert_one_sentence(str(error.value), "cannot write", os.strerror(number))
 
 
-def test_a_folder_that_is_no_checkout(tmp_path):
+@pytest.mark.parametrize("missing", ["pyproject.toml", "constraints.txt"])
+def test_a_folder_that_is_no_checkout(machine, missing):
+    (machine.project / missing).unlink()
     with pytest.raises(SetupError) as error:
-        installer.install(tmp_path)
+        installer.install(machine.project)
     assert_one_sentence(str(error.value), "pyproject.toml", "clone")
 
 
 def test_pips_words_become_one_sentence():
-    broken = (
-        "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError(...)'\nERROR: x\n"
-    )
+    broken = "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError(...)'\nERROR: x\n"
     assert_one_sentence(installer.why_it_failed(broken), "No network", ".venv/install.log")
     full = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
     assert_one_sentence(installer.why_it_failed(full), "disk is full", "4 GB")
@@ -268,6 +266,14 @@ def test_pips_words_become_one_sentence():
     other = "Collecting torch\nERROR: Package 'torch' requires a different Python\n"
     assert_one_sentence(installer.why_it_failed(other), "Package 'torch' requires a different Python")
     assert_one_sentence(installer.why_it_failed(""), "no reason")
+
+
+def test_a_cuda_build_is_announced_once(tmp_path, capsys):
+    (tmp_path / ".venv").mkdir()
+    code = "print('Collecting torch', 'Collecting nvidia-cublas', 'Collecting nvidia-cudnn', sep='\\n')"
+    with open(os.devnull) as lock:
+        installer.run("packages", [sys.executable, "-c", code], tmp_path, lock)
+    assert capsys.readouterr().out.count("TORCH_INDEX=ADDRESS make lab") == 1
 
 
 def test_what_an_install_reads_decides_whether_it_runs_again(machine):
@@ -280,6 +286,9 @@ def test_what_an_install_reads_decides_whether_it_runs_again(machine):
     change_dependencies(machine.project)
     installer.install(machine.project)
     assert ["venv" in call for call in machine.calls[first:]] == [False], "pip alone, in the same .venv"
+    (machine.project / "effnlp_lessons" / "__init__.py").write_text('__version__ = "9.0"\n')
+    installer.install(machine.project)
+    assert len(machine.calls) == first + 2, "a new version is installed"
 
 
 @pytest.mark.parametrize("spoil", ["moved", "other Python", "no stamp", "broken stamp", "python gone"])
@@ -300,6 +309,19 @@ def test_a_venv_that_is_not_to_be_trusted_is_built_anew(machine, spoil, tmp_path
     installer.install(project)
     assert not (project / ".venv" / "old").exists()
     assert installer.is_up_to_date(project, "")
+
+
+def test_a_finished_install_needs_no_right_to_write(machine, monkeypatch):
+    installer.install(machine.project)
+
+    def refuse(root):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
+
+    monkeypatch.setattr(installer, "one_at_a_time", refuse)
+    installer.install(machine.project)
+    change_dependencies(machine.project)
+    with pytest.raises(SetupError):
+        installer.install(machine.project)
 
 
 def test_a_failed_update_leaves_what_worked(machine, monkeypatch):
@@ -326,6 +348,22 @@ def test_a_failed_first_install_is_not_taken_for_one_that_worked(machine, monkey
     with pytest.raises(SetupError):
         installer.install(machine.project)
     assert not installer.read_stamp(machine.project)["finished"]
+
+
+def test_a_failed_rebuild_is_not_taken_for_the_install_before_it(machine, monkeypatch):
+    installer.install(machine.project)
+    installer.venv_python(machine.project).unlink()
+
+    def make_venv_then_fail(name, command, root, lock):
+        if "venv" not in command:
+            raise SetupError("No network.")
+        installer.venv_python(root).parent.mkdir(parents=True)
+        installer.venv_python(root).touch()
+
+    monkeypatch.setattr(installer, "run", make_venv_then_fail)
+    with pytest.raises(SetupError):
+        installer.install(machine.project)
+    assert not installer.is_up_to_date(machine.project, "")
 
 
 def test_torch_comes_first_from_the_index_that_is_named(machine, monkeypatch):

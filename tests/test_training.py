@@ -151,7 +151,8 @@ KILLED = """
     def slowly(model, done):
         print(done, flush=True)
         time.sleep(0.05)
-    train(make_model(), Points(), loss, PLAN, checkpoint={file!r}, checkpoint_every=1, after_step=slowly, progress=False)
+    train(make_model(), Points(), loss, PLAN, checkpoint={file!r}, checkpoint_every=1,
+          after_step=slowly, progress=False)
 """
 
 

@@ -132,5 +132,8 @@ def _copy(reader: BinaryIO, file: SourceFile, target: Path, label: str) -> None:
             writer.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-    if size != file.bytes or digest.hexdigest() != file.sha256:
+    if size != file.bytes:
+        amount = f"more than {file.bytes}" if size > file.bytes else f"{size} of {file.bytes}"
+        raise SourceError(f"{file.member} in {label} has {amount} bytes; nothing was kept.")
+    if digest.hexdigest() != file.sha256:
         raise SourceError(wrong_hash(f"{file.member} in {label}", file.sha256, digest.hexdigest()))

@@ -31,7 +31,7 @@ class Digits:
     """
 
     images: UInt8[Tensor, "rows 28 28"]
-    labels: Int64[Tensor, "rows"]
+    labels: Int64[Tensor, " rows"]
     split: np.ndarray
 
     def __len__(self) -> int:
@@ -67,9 +67,7 @@ def _split(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the split of each row; raise ValueError if equal images of a digit fall into both splits."""
     split = np.full(len(labels), "train")
     for digit in range(CLASSES):
-        keyed = sorted(
-            (hashlib.sha256(pixels[row].tobytes()).digest(), row) for row in np.flatnonzero(labels == digit)
-        )
+        keyed = sorted((hashlib.sha256(pixels[row].tobytes()).digest(), row) for row in np.flatnonzero(labels == digit))
         if keyed[TEST_PER_CLASS - 1][0] == keyed[TEST_PER_CLASS][0]:
             raise ValueError(f"two equal images of the digit {digit} fall into train and test")
         split[[row for _, row in keyed[:TEST_PER_CLASS]]] = "test"

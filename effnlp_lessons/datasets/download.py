@@ -53,9 +53,7 @@ def download(source: Source, folder: Path) -> Path:
     return found[0]
 
 
-def _run(
-    command: list[str], environment: dict[str, str], folder: Path, expected_bytes: int
-) -> tuple[int, str]:
+def _run(command: list[str], environment: dict[str, str], folder: Path, expected_bytes: int) -> tuple[int, str]:
     """Run pip to its end, with a progress bar on a terminal; return its exit status and what it printed."""
     from tqdm import tqdm
 
@@ -103,10 +101,9 @@ def _explain(source: Source, messages: str) -> str:
         return f"This Python has no pip: run `{Path(sys.executable).name} -m ensurepip`, then prepare again."
     if "No space left on device" in messages:
         return f"No space is left on the disk for {wanted}: free some and run prepare again."
-    if "No matching distribution found" in messages or "Could not find a version" in messages:
+    if "No matching distribution found" in messages:
         return (
-            f"pip could not find {wanted}: check the network and where pip looks for packages, "
-            "then run prepare again."
+            f"pip could not find {wanted}: check the network and where pip looks for packages, then run prepare again."
         )
     if "subprocess-exited-with-error" in messages or "metadata-generation-failed" in messages:
         return f"pip could not read the metadata of {wanted}: the build step inside the package failed."

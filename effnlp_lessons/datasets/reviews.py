@@ -48,9 +48,7 @@ class Reviews:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         rows = np.flatnonzero(self.split == split)
-        return Reviews(
-            [self.text[row] for row in rows], self.rating[rows], self.split[rows], self.label[rows]
-        )
+        return Reviews([self.text[row] for row in rows], self.rating[rows], self.split[rows], self.label[rows])
 
 
 def load_reviews() -> Reviews:
@@ -73,9 +71,7 @@ def parse_reviews(content: str, *, test_size: int = TEST_SIZE, dev_size: int = D
     for number, line in enumerate(content.rstrip("\n").split("\n"), start=1):
         columns = line.split("\t")
         if len(columns) != 3 or columns[0] != str(number):
-            raise ValueError(
-                f"line {number} must be {number}, a rating and a text with tabs between, got {line!r}"
-            )
+            raise ValueError(f"line {number} must be {number}, a rating and a text with tabs between, got {line!r}")
         text.append(columns[2])
         ratings.append(float(columns[1]))
     rating = np.array(ratings)

@@ -61,7 +61,7 @@ def vocabulary() -> str:
     return "".join(sorted(set(load_text())))
 
 
-def encode(text: str) -> Int64[Tensor, "length"]:
+def encode(text: str) -> Int64[Tensor, " length"]:
     """Return the number of every character of `text` in the vocabulary.
 
     Raises:
@@ -75,7 +75,7 @@ def encode(text: str) -> Int64[Tensor, "length"]:
     return torch.from_numpy(table[np.frombuffer(text.encode("ascii"), dtype=np.uint8)])
 
 
-def decode(characters: Int64[Tensor, "length"]) -> str:
+def decode(characters: Int64[Tensor, " length"]) -> str:
     """Return the text whose characters have these numbers.
 
     Raises:
@@ -83,7 +83,5 @@ def decode(characters: Int64[Tensor, "length"]) -> str:
     """
     numbers = characters.tolist()
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(vocabulary()):
-        raise ValueError(
-            f"characters must be in 0 .. {len(vocabulary()) - 1}, got {min(numbers)} .. {max(numbers)}"
-        )
+        raise ValueError(f"characters must be in 0 .. {len(vocabulary()) - 1}, got {min(numbers)} .. {max(numbers)}")
     return "".join(vocabulary()[number] for number in numbers)

@@ -94,9 +94,7 @@ def known_source(sources: dict[str, Source], name: str) -> Source:
 
 def is_safe_path(name: str) -> bool:
     """Tell whether an archive member stays below the folder it is unpacked in, on every operating system."""
-    return not (
-        name.startswith("/") or "\\" in name or "\0" in name or ":" in name or ".." in name.split("/")
-    )
+    return not (name.startswith("/") or "\\" in name or "\0" in name or ":" in name or ".." in name.split("/"))
 
 
 _TEXT = (
@@ -123,17 +121,11 @@ def _source(name: str, table: object, file_name: str) -> Source:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+!-]*", table[field]):
             raise SourceError(f"{where} has an odd {field}: {table[field]!r}.")
     build = table.get("build", [])
-    if not isinstance(build, list) or not all(
-        re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", str(b)) for b in build
-    ):
-        raise SourceError(
-            f'{where} has build {build!r}, which must be a list such as ["setuptools==80.9.0"].'
-        )
+    if not isinstance(build, list) or not all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", str(b)) for b in build):
+        raise SourceError(f'{where} has build {build!r}, which must be a list such as ["setuptools==80.9.0"].')
     if not isinstance(table["files"], list) or not table["files"]:
         raise SourceError(f"{where} must list at least one file.")
-    files = tuple(
-        _source_file(entry, f"{where}, file {i}") for i, entry in enumerate(table["files"], start=1)
-    )
+    files = tuple(_source_file(entry, f"{where}, file {i}") for i, entry in enumerate(table["files"], start=1))
     names = [file.name.lower() for file in files]
     if len(set(names)) < len(names):
         raise SourceError(f"{where} gives two files the same name.")
@@ -152,9 +144,7 @@ def _source_file(table: object, where: str) -> SourceFile:
         raise SourceError(f"{where} has name {table['name']!r}, which must be a plain file name.")
     for field in ("member", "archive"):
         if not is_safe_path(table.get(field, "")):
-            raise SourceError(
-                f"{where} has {field} {table[field]!r}, which must be a path inside the package."
-            )
+            raise SourceError(f"{where} has {field} {table[field]!r}, which must be a path inside the package.")
     return SourceFile(**table)
 
 

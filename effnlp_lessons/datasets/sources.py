@@ -181,9 +181,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _check_space(source: Source, folder: Path) -> None:
-    needed = (
-        2 * source.bytes + source.unpacked_bytes + 50_000_000
-    )  # pip's two copies, the files, its build tools
+    needed = 2 * source.bytes + source.unpacked_bytes + 50_000_000  # pip's two copies, the files, its build tools
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{_megabytes(free)} free, {_megabytes(needed)} needed for {source.id}")

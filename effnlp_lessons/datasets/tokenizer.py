@@ -53,9 +53,7 @@ def encode(texts: Sequence[str], max_length: int = MAX_LENGTH) -> list[list[int]
     if not 2 <= max_length <= MAX_LENGTH:
         raise ValueError(f"max_length must be in 2 .. {MAX_LENGTH}, got {max_length}")
     encoded = _tokenizer().encode_batch(texts)
-    return [
-        ids if len(ids) <= max_length else [*ids[: max_length - 1], SEP] for ids in (e.ids for e in encoded)
-    ]
+    return [ids if len(ids) <= max_length else [*ids[: max_length - 1], SEP] for ids in (e.ids for e in encoded)]
 
 
 def pad(

@@ -129,7 +129,7 @@ def _tensor_difference(expected: Tensor, got: Tensor) -> tuple[str, str] | None:
 def _nested(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_nested, value)) + "]"
-    return str(int(value)) if isinstance(value, bool) else f"{value:.5g}"
+    return str(int(value)) if isinstance(value, bool) else f"{value + 0:.5g}"
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -123,9 +123,7 @@ class Prediction:
 
     def __post_init__(self):
         if self.accept(self.recorded) is None:
-            raise ValueError(
-                f"{self.id}: recorded must be a guess that fits the question, got {self.recorded!r}"
-            )
+            raise ValueError(f"{self.id}: recorded must be a guess that fits the question, got {self.recorded!r}")
 
     def accept(self, guess: Any) -> float | str | None:
         """The guess in its stored form (a number, or one of the choices), or None if it does not fit."""

@@ -25,6 +25,7 @@ from effnlp_lessons.homework.exercise import Answer, Exercise, HomeworkError, Mi
 from effnlp_lessons.homework.lectures import find_exercise
 
 MAX_DRAWS = 200
+LINE = 90  # characters; longer inputs are printed one below the other
 NO_CAUSE = "none of the usual mistakes gives these answers. Try the smallest input by hand."
 STUB_TEXTS = ("", "your code here")  # what a blank's NotImplementedError says
 
@@ -63,7 +64,7 @@ def check(id: str, fn: Answer, explain: bool = False, seed: int | None = None) -
         print(f"  FAILS  {checked.text}\n" + "\n".join(f"    {line}" for line in failure.lines(exercise)))
         if explain or _failed_checks[id] > 1:
             cause = likely_cause(exercise, findings)
-            if cause or failure.returned:
+            if cause or failure.differs:
                 print(f"    likely cause  {cause or NO_CAUSE}")
         else:
             print("    The next failing check also names the likely cause.")
@@ -105,6 +106,7 @@ class Finding:
     case: Case
     value: Any = None
     returned: bool = False
+    differs: bool = False  # of the right form, with other values
     problem: tuple[str, ...] = ()
     summary: str = ""
     blank: str = ""
@@ -114,11 +116,12 @@ class Finding:
         return self.case.checked
 
     def lines(self, exercise: Exercise) -> list[str]:
+        """What is printed below the property: the input, and what is wrong."""
         names = inspect.signature(exercise.reference).parameters
-        given = ", ".join(
-            f"{name} = {show(value)}" for name, value in zip(names, self.case.inputs, strict=True)
-        )
-        return [f"input     {given}", *self.problem]
+        given = [f"{name} = {show(value)}" for name, value in zip(names, self.case.inputs, strict=True)]
+        joined = ", ".join(given)
+        first, *others = [joined] if len(joined) <= LINE else given
+        return [f"input     {first}", *(f"          {line}" for line in others), *self.problem]
 
 
 class _Stopped(Exception):
@@ -143,11 +146,7 @@ def draw_cases(exercise: Exercise, seed: int) -> list[Case]:
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(MAX_DRAWS):
-        drawn = [
-            (checked, checked.draw(generator))
-            for checked in exercise.properties
-            for _ in range(checked.times)
-        ]
+        drawn = [(checked, checked.draw(generator)) for checked in exercise.properties for _ in range(checked.times)]
         cases = [
             Case(checked, inputs, checked.observe(exercise.reference, *copy.deepcopy(inputs)))
             for checked, inputs in drawn
@@ -180,13 +179,13 @@ def _examine_case(case: Case, guarded: Answer) -> Finding:
         return Finding(case, problem=problem, summary=summary)
     wrong_form = form_problem(case.expected, value)
     if wrong_form:
-        return Finding(case, value, True, *_problem(wrong_form))
+        return Finding(case, value, True, False, *_problem(wrong_form))
     texts = difference(case.expected, value)
     if texts is None:
         return Finding(case, value, True)
     expected, got = texts
     problem = (f"expected  {expected}", f"got       {got}")
-    return Finding(case, value, True, problem, f"expected {expected}, got {got}")
+    return Finding(case, value, True, True, problem, f"expected {expected}, got {got}")
 
 
 def _guard(fn: Answer, parameters: list[str]) -> Answer:
@@ -206,16 +205,12 @@ def _guard(fn: Answer, parameters: list[str]) -> Answer:
         except Exception as error:
             raise _stopped_by(error, fn) from None
         if answer is None:
-            raise _Stopped(
-                *_problem("your function returns None here"), "it returns None (is a `return` missing?)"
-            )
+            raise _Stopped(*_problem("your function returns None here"), "it returns None (is a `return` missing?)")
         if answer is Ellipsis:
             raise _Stopped(*_problem("your function returns `...` here"), "it returns `...`")
         for name, old, new in zip(parameters, before, inputs, strict=True):
             if isinstance(old, (Tensor, list, dict)) and not same(old, new):
-                raise _Stopped(
-                    *_problem(f"your function changes its input {name!r} in place; work on a copy")
-                )
+                raise _Stopped(*_problem(f"your function changes its input {name!r} in place; work on a copy"))
         return answer
 
     return guarded

@@ -47,9 +47,7 @@ def _entries(prefix: str, list_name: str) -> list:
 
 def _find(id: str, list_name: str, kind: str) -> Exercise | Prediction:
     if not isinstance(id, str):
-        raise HomeworkError(
-            f'the id of the {kind} comes first, as text: "start.name"; got {type(id).__name__}'
-        )
+        raise HomeworkError(f'the id of the {kind} comes first, as text: "start.name"; got {type(id).__name__}')
     prefix = id.split(".")[0]
     found = {entry.id: entry for entry in _entries(prefix, list_name)} if prefix in MODULES else {}
     if id in found:

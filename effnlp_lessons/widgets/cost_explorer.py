@@ -1,4 +1,4 @@
-"""Where one Transformer block spends its work as the text grows (notebook 00).
+"""Where one Transformer layer spends its work as the text grows (notebook 00).
 
 In multiply-accumulates (MACs), attention's projections and the feed-forward grow with the length n, the
 scores and their mixing with n²: 4 d² n, 2 d d_ff n and 2 n² d. So scores and mixing equal the feed-forward
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from effnlp_lessons.measure import block_macs
+from effnlp_lessons.measure import block_macs, crossing
 from effnlp_lessons.transformer import BERT_BASE, BERT_LARGE, MINILM_L6
 from effnlp_lessons.widgets.picture import Explorer
 from effnlp_lessons.widgets.style import BLACK, BLUE, GREEN, GREY, VERMILION
@@ -59,22 +59,6 @@ def time_at(record: tuple, length: int) -> float | None:
     return float(np.exp(np.interp(np.log(length), np.log(lengths), np.log(median))))
 
 
-def clock_crossing(times: Times) -> float | None:
-    """Tokens at which scores and mixing begin to take longer than the feed-forward, for good.
-
-    The recorded medians are joined by straight lines on log-log axes. None when the two recorded curves
-    do not cross that way.
-    """
-    lengths = times[SCORES][0]
-    gaps = [np.log(a / b) for a, b in zip(times[SCORES][1], times[FEED_FORWARD][1], strict=True)]
-    upward = [i for i in range(1, len(gaps)) if gaps[i - 1] < 0 <= gaps[i]]
-    if not upward or gaps[-1] < 0:
-        return None
-    left, right = upward[-1] - 1, upward[-1]
-    share = gaps[left] / (gaps[left] - gaps[right])
-    return float(lengths[left] * (lengths[right] / lengths[left]) ** share)
-
-
 def check_times(times: Times) -> None:
     """Raise a ValueError unless `times` has the three parts, each with four sequences of one size."""
     if set(times) != set(PARTS):
@@ -89,13 +73,13 @@ def check_times(times: Times) -> None:
 
 
 class CostExplorer(Explorer):
-    """Drag the length and see which part of a block the work goes to, in MACs or on the clock.
+    """Drag the length and see which part of a layer the work goes to, in MACs or on the clock.
 
     Args:
         length: tokens at the start, one of `LENGTHS`.
         model: "MiniLM-L6", "BERT-base" or "BERT-large".
         view: "MACs" or "clock".
-        times: seconds of one block by part, `{part: (lengths, median, low, high)}`, or None.
+        times: seconds of one layer by part, `{part: (lengths, median, low, high)}`, or None.
         timed_model: the model that `times` belong to.
 
     Raises:
@@ -124,24 +108,27 @@ class CostExplorer(Explorer):
         if times is not None:
             check_times(times)
         self._times = {timed_model: times} if times is not None else {}
-        short, style = ipywidgets.Layout(width="190px"), {"description_width": "initial"}
+        initial = {"description_width": "initial"}
         super().__init__(
             {
                 "length": ipywidgets.SelectionSlider(
                     options=[(f"{n:,}", n) for n in LENGTHS],
                     value=length,
                     description="tokens",
-                    style=style,
-                    layout=ipywidgets.Layout(width="420px"),
+                    style=initial,
+                    layout=ipywidgets.Layout(width="360px"),
                 ),
-                "model": ipywidgets.Dropdown(
-                    options=list(MODELS), value=model, description="model", style=style, layout=short
+                "model": ipywidgets.ToggleButtons(
+                    options=list(MODELS),
+                    value=model,
+                    description="model",
+                    style=initial | {"button_width": "85px"},
                 ),
                 "view": ipywidgets.ToggleButtons(
                     options=["MACs", "clock"],
                     value=view,
                     tooltips=["multiply-accumulates, counted", "seconds, recorded"],
-                    style={"button_width": "80px"},
+                    style={"button_width": "65px"},
                 ),
             }
         )
@@ -149,11 +136,12 @@ class CostExplorer(Explorer):
     # ------------------------------------------------------------------------ numbers
 
     def numbers(self, length: int, model: str, view: str) -> dict[str, Any]:
-        """Cost and share of each part at this length, and where scores and mixing equal the feed-forward.
+        """Cost and share of each part at this length, and where scores and mixing overtake the feed-forward.
 
         `cost` (MACs or seconds), `total` and `share` are None where no time is recorded.
         """
         config, times = MODELS[model], self._times.get(model)
+        on_the_clock = crossing(times[SCORES][0], times[SCORES][1], times[FEED_FORWARD][1]) if times else None
         if view == "MACs":
             macs = block_macs(config, length)
             cost = {part: macs[part] for part in PARTS}
@@ -169,7 +157,7 @@ class CostExplorer(Explorer):
             "cost": cost,
             "total": total,
             "share": {part: cost[part] / total for part in PARTS} if cost else None,
-            "crossing": {"MACs": config.d_ff, "clock": clock_crossing(times) if times else None},
+            "crossing": {"MACs": config.d_ff, "clock": on_the_clock},
             "interpolated": view == "clock" and cost is not None and length not in times[SCORES][0],
             "timed": times is not None,
             "positions": config.max_length,
@@ -184,7 +172,7 @@ class CostExplorer(Explorer):
         figure.set_layout_engine("none")  # fixed places: the axes stay put when model or view change
         curves, shares = figure.add_axes((0.08, 0.13, 0.42, 0.77)), figure.add_axes((0.65, 0.13, 0.34, 0.77))
         unit = "MACs" if numbers["view"] == "MACs" else "recorded time"
-        curves.set_title(f"One block of {numbers['model']}: {unit}")
+        curves.set_title(f"One layer of {numbers['model']}: {unit}")
         if numbers["view"] == "clock" and not numbers["timed"]:
             curves.set(xticks=[], yticks=[])
             words = f"not recorded:\nno times for {numbers['model']}"
@@ -197,7 +185,7 @@ class CostExplorer(Explorer):
             curves.plot([1], [1], mark, color=colour, markeredgecolor="white", markersize=10)[0]
             for colour, mark in LOOK.values()
         ]
-        shares.set(xlim=(0, 1.4), ylim=(2.6, -0.6), xlabel="share of the block")
+        shares.set(xlim=(0, 1.4), ylim=(2.6, -0.6), xlabel="share of the layer")
         shares.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "25", "50", "75", "100 %"))
         names = ("attention\nprojections", "attention\nscores and\nmixing", "feed-forward")
         shares.set_yticks(range(3), names)
@@ -233,7 +221,8 @@ class CostExplorer(Explorer):
     def _draw_landmarks(self, axes: Axes, numbers: dict[str, Any]) -> None:
         """The model's last position, and where scores and mixing equal the feed-forward.
 
-        Ring: in MACs; diamond: on the clock. Each is on the curves in its own view, else at the lower edge.
+        Ring: in MACs; diamond: on the clock, shown there only, so that a reader can guess it first. The
+        ring is on the curves in its own view, on the clock at the lower edge.
         """
         model, view, positions = numbers["model"], numbers["view"], numbers["positions"]
         lower_edge = axes.get_xaxis_transform()  # x in tokens, y in shares of the axes' height
@@ -242,11 +231,9 @@ class CostExplorer(Explorer):
         axes.text(positions * 1.07, 0.985, words, transform=lower_edge, va="top", color=GREY, fontsize=9)
         for name, mark in (("MACs", "o"), ("clock", "D")):
             length = numbers["crossing"][name]
-            if length is None:
+            if length is None or (name, view) == ("clock", "MACs"):
                 continue
-            words = (
-                f"in MACs: {length:,}" if name == "MACs" else f"on the clock: about {round(length, -1):,.0f}"
-            )
+            words = f"in MACs: {length:,}" if name == "MACs" else f"on the clock: about {round(length, -1):,.0f}"
             if name != view:
                 height, transform = 0.05, lower_edge
             else:
@@ -282,28 +269,24 @@ class CostExplorer(Explorer):
     # ------------------------------------------------------------------------ words
 
     def summary(self, numbers: dict[str, Any]) -> str:
+        head = f"{numbers['length']:,} tokens: "
         if numbers["cost"] is None:
-            head = f"{numbers['length']:,} tokens: not recorded."
+            head += "not recorded."
         else:
-            parts = ", ".join(f"{part} {percent(share)}" for part, share in numbers["share"].items())
-            if numbers["view"] == "MACs":
-                total = f"{format_macs(numbers['total'])} MACs"
-            else:
-                total = format_seconds(numbers["total"])
-                total += " (interpolated between recorded lengths)" if numbers["interpolated"] else ""
-            head = f"{numbers['length']:,} tokens: {total} a block; {parts}."
-        clock = numbers["crossing"]["clock"]
-        if clock is not None:
-            clock = f"about {round(clock, -1):,.0f} tokens"
-        else:
-            clock = "not within the recorded lengths" if numbers["timed"] else "not recorded"
-        macs = f"{numbers['crossing']['MACs']:,} tokens"
-        return f"{head} Scores and mixing equal the feed-forward: in MACs at {macs}; on the clock: {clock}."
+            on_macs = numbers["view"] == "MACs"
+            head += format_macs(numbers["total"]) + " MACs" if on_macs else format_seconds(numbers["total"])
+            head += " a layer" + (" (interpolated between recorded lengths)" if numbers["interpolated"] else "")
+            head += f"; {', '.join(f'{part} {percent(share)}' for part, share in numbers['share'].items())}."
+        macs, clock = numbers["crossing"]["MACs"], numbers["crossing"]["clock"]
+        if numbers["view"] == "MACs":
+            return f"{head} Scores and mixing equal the feed-forward at {macs:,} tokens."
+        where = "at no recorded length" if clock is None else f"at about {round(clock, -1):,.0f} tokens"
+        return f"{head} Scores and mixing equal the feed-forward {where}; in MACs at {macs:,}."
 
     def describe(self, numbers: dict[str, Any]) -> str:
         what = "MACs" if numbers["view"] == "MACs" else "recorded time"
         return (
-            f"Two charts for one block of {numbers['model']}. Left: {what} of its three parts against the "
+            f"Two charts for one layer of {numbers['model']}. Left: {what} of its three parts against the "
             f"length, 32 to 4,096 tokens, with a mark at {numbers['length']:,} and the model's "
             f"{numbers['positions']} positions shown. Right: the share of each part. {self.summary(numbers)}"
         )

@@ -62,9 +62,7 @@ def lines(
         for (name, runs), color in zip(series.items(), PALETTE, strict=False):
             points = list(zip(*runs, strict=True))
             axes.plot(x, [median(p) for p in points], color=color, marker="o", markersize=4, label=name)
-            axes.fill_between(
-                x, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.2, lw=0
-            )
+            axes.fill_between(x, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.2, lw=0)
         axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
         axes.set_xticks(x[::2], [f"{value:,g}" for value in x[::2]])
         axes.minorticks_off()
@@ -91,6 +89,8 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
         figure = new_figure(9.0, 2.3 * rows + 0.5)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         size = max(4, min(8, 110 // length))
+        figure.supxlabel("key (looked at)", fontsize=9)
+        figure.supylabel("query (looks)", fontsize=9)
         for head, axes in enumerate(grid.flat):
             if head >= len(weights):
                 axes.set_visible(False)
@@ -101,10 +101,10 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
             axes.set_xticks(range(length), tokens, rotation=90, fontsize=size)
             axes.set_yticks(range(length), tokens, fontsize=size)
             axes.tick_params(length=0)
-    top = weights.mean(1).max(-1)  # how much of the head goes to its favourite key, on average
+    shares, keys = weights.mean(1).max(-1)  # each head's favourite key, and its mean share over the queries
     favourites = ", ".join(
-        f"head {head}: {tokens[weights[head].mean(0).argmax()]} {100 * share:.0f} %"
-        for head, share in enumerate(top)
+        f"head {head}: {tokens[key]} {100 * share:.0f} %"
+        for head, (share, key) in enumerate(zip(shares, keys, strict=True))
     )
     show(
         figure,

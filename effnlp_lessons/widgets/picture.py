@@ -7,8 +7,8 @@ that stays in the page, so nothing flickers and the page does not jump. No model
 numbers are closed forms or recorded results.
 
 The picture also works without a kernel (PNG and alt text are stored with the notebook's output), by
-keyboard (stock ipywidgets controls) and for screen readers (alt text as the picture's title, which is
-the only text attribute of the Image widget; browsers take it as the picture's name).
+keyboard (stock ipywidgets controls) and for screen readers (the Image widget has no alt attribute; its
+title, which it has, is what browsers take as the picture's name).
 """
 
 from __future__ import annotations
@@ -22,8 +22,19 @@ import ipywidgets
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from traitlets import Unicode
 
 from effnlp_lessons.widgets.style import course_style, new_figure, png_bytes
+
+
+class TitledImage(ipywidgets.Image):
+    """An Image whose `tooltip` becomes the picture's title, and so its name for screen readers.
+
+    NOTE the page (ipywidgets 8.1) sets a tooltip only where `description` is empty, and fails to show a
+    widget that has a tooltip and no `description` at all, as a plain Image has.
+    """
+
+    description = Unicode("").tag(sync=True)
 
 
 class Explorer(ipywidgets.VBox):
@@ -37,7 +48,8 @@ class Explorer(ipywidgets.VBox):
 
     It may set `size` (inches, 100 dots each), `scene` (names of the controls that change what stays, so
     that the picture is drawn anew), and define `idle(numbers)`, the names of the controls that change
-    nothing at the moment: they are greyed out.
+    nothing at the moment: they are greyed out. Sliders and toggle buttons work by keyboard; on a closed
+    drop-down list JupyterLab takes arrows and letters for its own commands, so avoid it for a few choices.
     """
 
     size: tuple[float, float] = (9.0, 3.6)
@@ -50,11 +62,11 @@ class Explorer(ipywidgets.VBox):
             raise ValueError(f"scene must name controls among {sorted(controls)}, got {sorted(unknown)}")
         self.controls = controls
         width, height = (round(100 * inches) for inches in self.size)
-        self.image = ipywidgets.Image(
+        self.image = TitledImage(
             format="png",
             width=str(width),  # the room is kept before the first picture has arrived
             height=str(height),
-            layout=ipywidgets.Layout(max_width="100%", height="auto", object_fit="contain"),
+            layout=ipywidgets.Layout(max_width="100%", height="auto", margin="0"),
         )
         self.line = ipywidgets.HTML()
         self.image.add_class("explorer-picture")
@@ -136,7 +148,8 @@ class Explorer(ipywidgets.VBox):
         with self.image.hold_sync():  # one message, so that the page loads one picture per event
             self.image.value = png_bytes(np.asarray(self.figure.canvas.buffer_rgba()))
             self.image.tooltip = self.alt
-        self.line.value = html.escape(self.summary(self._numbers), quote=False)
+        words = html.escape(self.summary(self._numbers), quote=False)
+        self.line.value = f'<div style="line-height: 1.4">{words}</div>'
 
     def _draw_what_stays(self) -> None:
         self.figure = new_figure(*self.size)

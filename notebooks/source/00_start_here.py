@@ -213,8 +213,8 @@ if (guess := reveal("start.clock")) is not None:
     live = cost_by_length.run({"lengths": [256, 512, 1024, 1536], "runs": 3}, seed=0).numbers
     torch.set_num_threads(2)
     print("tokens   scores and mixing   feed-forward   (milliseconds, your machine, one thread)")
-    rows = zip(live["lengths"], *(live["seconds"][part] for part in ("attention scores and mixing", "feed-forward")))
-    for length, attention, feed_forward in rows:
+    for index, length in enumerate(live["lengths"]):
+        attention, feed_forward = (live["seconds"][part][index] for part in cost_by_length.PARTS[1:])
         print(f"{length:6} {1e3 * attention:12.1f} {1e3 * feed_forward:18.1f}" + "   <- overtaken" * (attention > feed_forward))
     print("Your guess:", guess)
 
@@ -248,14 +248,18 @@ if reveal("start.clock") is not None:
 # How many bytes must be held at once, beyond the weights? This needs no clock. The allocator keeps the books.
 
 # %%
+from functools import partial
+
+from torch.nn.functional import scaled_dot_product_attention
+
 from effnlp_lessons.measure import peak_memory
 from effnlp_lessons.transformer import attention_scores, dense_attention
 
 print("tokens   one layer's scores   peak, written out   peak, fused   (MB)")
 for length in (128, 512, 1024):
     q = k = v = torch.zeros(1, config.heads, length, config.d_head)
-    written_out = peak_memory(lambda: dense_attention(q, k, v))
-    fused = peak_memory(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    written_out = peak_memory(partial(dense_attention, q, k, v))
+    fused = peak_memory(partial(scaled_dot_product_attention, q, k, v))
     scores = config.heads * length**2 * 4
     print(f"{length:6} {scores / 1e6:16.1f} {written_out / 1e6:19.1f} {fused / 1e6:13.1f}")
 
@@ -373,8 +377,8 @@ print(f"if attention were even: {100 * uniform:.0f} %")
 print("by layer:", ", ".join(f"{100 * share:.0f} %" for share in ends))
 
 # %% [markdown]
-# A head that has nothing to say must still spend its weight, for the softmax sums to one. It parks it on the ends
-# (Clark et al. 2019 found the same in BERT). So most of the $n^2$ pairs carry little. Notebooks 08 to 10 are about
+# A head that has nothing to say must still spend its weight, for the softmax sums to one. It seems to park it on the
+# ends (Clark et al. 2019, sec. 3.2, on `[SEP]` in BERT). So most of the $n^2$ pairs carry little. Notebooks 08 to 10 are about
 # not computing them.
 
 # %% [markdown]
@@ -393,8 +397,8 @@ print(f"BERT-base: {sum(transformer_parameters(BERT_BASE).values()):,} parameter
 print(f"BERT-base at 128 tokens: {sum(macs.values()) / 1e9:.2f} G MACs = {2 * sum(macs.values()) / 1e9:.2f} G FLOPs")
 
 # %% [markdown]
-# The printed FLOPs are twice our MACs, at 128 tokens, plus a little that we leave out (biases, softmax, norms). The
-# paper names neither the factor nor the length; only this reading gives its number. Always ask both.
+# The printed FLOPs fit twice our MACs at 128 tokens, plus a little that we leave out (biases, softmax, norms). Before
+# you compare two tables, ask both: one or two per MAC, and at which length?
 
 # %% [markdown]
 # ## Choose by cost

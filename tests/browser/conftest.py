@@ -45,9 +45,7 @@ def browser() -> Iterator:
     names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "chrome")
     path = next((found for found in map(shutil.which, filter(None, names)) if found), None)
     if path is None:
-        pytest.skip(
-            "no Chromium on this machine: install chromium, or give its path in the variable CHROMIUM"
-        )
+        pytest.skip("no Chromium on this machine: install chromium, or give its path in the variable CHROMIUM")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -171,9 +169,7 @@ class Lab:
         return [f"{o['ename']}: {o['evalue']}" for o in self.outputs() if o["output_type"] == "error"]
 
     def close(self) -> None:
-        self.page.evaluate(
-            "() => jupyterapp.serviceManager.sessions.shutdownAll()"
-        )  # the next has a new kernel
+        self.page.evaluate("() => jupyterapp.serviceManager.sessions.shutdownAll()")  # the next has a new kernel
         self.page.context.close()
 
 

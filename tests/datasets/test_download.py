@@ -41,9 +41,7 @@ def test_wheel_and_sdist_with_an_archive_inside(world, capfd):
         "tiny_sdist-1.0/more.tar.gz": inner,
     }
     files = [
-        world.listed_file(
-            "reviews.txt", "set/reviews.txt", b"good\nbad\n", archive="tiny_sdist-1.0/more.tar.gz"
-        ),
+        world.listed_file("reviews.txt", "set/reviews.txt", b"good\nbad\n", archive="tiny_sdist-1.0/more.tar.gz"),
         world.listed_file("play_1.txt", "tiny_sdist-1.0/texts/play.txt", plays),
     ]
     world.add("texts", "tiny_sdist-1.0.tar.gz", world.tar_gz(members), files, build="setuptools==1.2.3")
@@ -84,9 +82,7 @@ def test_pip_refuses_a_truncated_package(world):
     world.add_wheel()
     package = world.links / "tiny_wheel-1.0-py3-none-any.whl"
     package.write_bytes(package.read_bytes()[:200])
-    with pytest.raises(
-        SourceError, match=r"tiny-wheel==1.0 is not the file .* cut short.*; nothing was kept\."
-    ):
+    with pytest.raises(SourceError, match=r"tiny-wheel==1.0 is not the file .* cut short.*; nothing was kept\."):
         prepare()
     assert world.visible() == []
 

@@ -25,17 +25,13 @@ def test_second_run_fetches_and_changes_nothing(copied, no_download):
     no_download()
     with FileLock(copied.prepared / ".lock"):  # nor does it wait for a lock
         assert prepare() == []
-    assert {
-        file: file.stat().st_mtime_ns for file in [copied.prepared, *copied.prepared.rglob("*")]
-    } == before
+    assert {file: file.stat().st_mtime_ns for file in [copied.prepared, *copied.prepared.rglob("*")]} == before
 
 
 def test_only_the_named_sources(copied):
     copied.add_wheel()
     content = copied.wheel({"a.txt": b"a"}, "other_wheel")
-    copied.add(
-        "other", "other_wheel-1.0-py3-none-any.whl", content, [copied.listed_file("a.txt", "a.txt", b"a")]
-    )
+    copied.add("other", "other_wheel-1.0-py3-none-any.whl", content, [copied.listed_file("a.txt", "a.txt", b"a")])
     assert prepare("other") == ["other"]
     assert copied.visible() == ["other"]
     assert prepare(["tiny", "other"]) == ["tiny"]
@@ -170,9 +166,7 @@ def test_a_folder_that_may_not_be_written(copied, monkeypatch):
 def test_too_little_space_is_seen_before_the_download(copied, monkeypatch, no_download):
     copied.add_wheel()
     no_download()
-    monkeypatch.setattr(
-        sources.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1_000_000)
-    )
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1_000_000))
     with pytest.raises(SourceError, match=r"No space is left .*1\.0 MB free, 50\.0 MB needed for tiny"):
         prepare()
     assert copied.visible() == []
@@ -326,7 +320,8 @@ def test_sources_of_the_course():
     assert not [file for files in names.values() for file in files if file.endswith(pickles)]
 
 
-def test_prepared_data_of_the_course_are_the_listed_ones():
+def test_prepared_data_of_the_course_are_the_listed_ones(no_download):
+    no_download()
     assert prepare(verify=True) == []
 
 
@@ -344,6 +339,4 @@ def test_no_host_is_named():
     files = [paths.ROOT / "data" / "sources.toml", *Path(source_list.__file__).parent.glob("*.py")]
     assert len(files) > 6
     for file in files:
-        assert not re.search(
-            r"https?:|www\.|\b[\w-]+\.(com|org|net|io)\b", file.read_text(encoding="utf-8")
-        ), file
+        assert not re.search(r"https?:|www\.|\b[\w-]+\.(com|org|net|io)\b", file.read_text(encoding="utf-8")), file

@@ -56,9 +56,7 @@ def sentences() -> list[str]:
 def reference():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        sources.path("minilm", "tokenizer.json").parent, local_files_only=True
-    )
+    return AutoTokenizer.from_pretrained(sources.path("minilm", "tokenizer.json").parent, local_files_only=True)
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 17, 128, 512])

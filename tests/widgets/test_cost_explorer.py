@@ -14,7 +14,6 @@ from effnlp_lessons.widgets.cost_explorer import (
     PARTS,
     SCORES,
     CostExplorer,
-    clock_crossing,
     format_macs,
     format_seconds,
 )
@@ -107,19 +106,20 @@ def test_picture_shows_the_recorded_times(shown, length):
 def test_picture_marks_crossing_and_positions(shown, view, crossing):
     explorer = CostExplorer(length=64, view=view, times=TIMES)
     picture, curves = shown(explorer), explorer.figure.axes[0]
-    # the mark of this view, around the point where the two curves meet: black 8 pixels above and below it
-    height = explorer.numbers(1_536, "MiniLM-L6", "MACs")["cost"][SCORES] if view == "MACs" else 900 * 3.6e-5
+    # the mark of this view, around the point where the two curves meet: black above and below, not inside
+    height = block_macs(MODELS["MiniLM-L6"], 1_536)[SCORES] if view == "MACs" else 900 * 3.6e-5
     row, column = pixel_of(explorer, curves, crossing, height)
     window = picture[row - 14 : row + 15, column].sum(axis=1) < 150
     assert window[:12].any() and window[-12:].any() and not window[12:17].any()
-    # the mark of the other view, at the lower edge
-    other = 900 if view == "MACs" else 1_536
-    _, column = pixel_of(explorer, curves, other, height)
+    # on the clock the ring of the MACs at the lower edge; with MACs no sign of what the clock will say
+    _, column = pixel_of(explorer, curves, 1_536 if view == "clock" else 900, height)
     bottom = curves.get_window_extent().y0 + 0.05 * curves.get_window_extent().height
     row = picture.shape[0] - 1 - int(bottom)
-    patch = picture[row - 9 : row + 10, column - 9 : column + 10].sum(axis=2) < 150
-    rows, columns = np.nonzero(patch)
-    assert len(rows) and abs(rows.mean() - 9) <= 1 and abs(columns.mean() - 9) <= 1
+    rows, columns = np.nonzero(picture[row - 9 : row + 10, column - 9 : column + 10].sum(axis=2) < 150)
+    if view == "clock":
+        assert len(rows) and abs(rows.mean() - 9) <= 1 and abs(columns.mean() - 9) <= 1
+    else:
+        assert not len(rows)
     # MiniLM's last position: dots all the way up, darker than the grid
     _, column = pixel_of(explorer, curves, 512, height)
     darkness = (255 - picture[40:330, column - 1 : column + 2, 0].astype(int)).sum(axis=1)
@@ -131,6 +131,21 @@ def test_crossings_are_at_different_places_beyond_the_positions():
     assert state["crossing"]["MACs"] == 1_536
     assert state["crossing"]["clock"] == pytest.approx(900)
     assert state["positions"] == 512
+
+
+def test_the_clock_is_not_given_away_before_it_is_chosen(shown):
+    timed, untimed = CostExplorer(length=512, times=TIMES), CostExplorer(length=512)
+    assert np.array_equal(shown(timed), shown(untimed))
+    assert (timed.alt, timed.line.value) == (untimed.alt, untimed.line.value)
+    timed.controls["view"].value = "clock"
+    words = "Scores and mixing equal the feed-forward at about 900 tokens; in MACs at 1,536."
+    assert timed.alt.endswith(words) and words in timed.line.value
+
+
+def test_recorded_curves_that_do_not_cross():
+    explorer = CostExplorer(view="clock", times={**TIMES, FEED_FORWARD: power_law(1e-3, 2)})
+    assert explorer.state["crossing"]["clock"] is None
+    assert "equal the feed-forward at no recorded length; in MACs at 1,536." in explorer.line.value
 
 
 def test_clock_state_is_the_record():
@@ -203,12 +218,12 @@ def test_blitted_equals_drawn_anew_and_made_anew(shown, drawn_anew):
 
 def test_words_say_the_numbers():
     explorer = CostExplorer(length=1_536, times=TIMES)
-    assert explorer.line.value == (
-        "1,536 tokens: 4.53 G MACs a block; attention projections 20.0 %, attention scores and mixing "
-        "40.0 %, feed-forward 40.0 %. Scores and mixing equal the feed-forward: in MACs at 1,536 tokens; "
-        "on the clock: about 900 tokens."
+    assert explorer.summary(explorer.state) == (
+        "1,536 tokens: 4.53 G MACs a layer; attention projections 20.0 %, attention scores and mixing "
+        "40.0 %, feed-forward 40.0 %. Scores and mixing equal the feed-forward at 1,536 tokens."
     )
-    assert explorer.alt.startswith("Two charts for one block of MiniLM-L6. Left: MACs")
+    assert explorer.summary(explorer.state) in explorer.line.value
+    assert explorer.alt.startswith("Two charts for one layer of MiniLM-L6. Left: MACs")
     assert explorer.alt.endswith(explorer.summary(explorer.state))
     data, metadata = explorer._repr_mimebundle_()
     assert metadata["image/png"]["alt"] == explorer.alt
@@ -222,29 +237,12 @@ def test_macs_are_written_short(macs, text):
     assert format_macs(macs) == text
 
 
-@pytest.mark.parametrize(
-    "seconds, text", [(8.2e-5, "0.082 ms"), (0.0768, "76.8 ms"), (0.9996, "1 s"), (2.5, "2.5 s")]
-)
+@pytest.mark.parametrize("seconds, text", [(8.2e-5, "0.082 ms"), (0.0768, "76.8 ms"), (0.9996, "1 s"), (2.5, "2.5 s")])
 def test_seconds_are_written_short(seconds, text):
     assert format_seconds(seconds) == text
 
 
-def test_clock_crossing_is_the_last_one_upward():
-    flat = (RECORDED, [1.0] * 6, [1.0] * 6, [1.0] * 6)
-
-    def crossing(scores):
-        return clock_crossing({**TIMES, FEED_FORWARD: flat, SCORES: (RECORDED, scores, scores, scores)})
-
-    assert crossing([0.5, 2, 0.5, 0.5, 2, 4]) == pytest.approx(np.sqrt(512 * 1_024))
-    assert crossing([0.5, 0.5, 1, 2, 2, 2]) == pytest.approx(256)
-    assert crossing([0.5] * 6) is None  # never
-    assert crossing([2.0] * 6) is None  # always above: not where it crosses
-    assert crossing([0.5, 2, 2, 2, 2, 0.5]) is None  # not for good
-
-
-@pytest.mark.parametrize(
-    "choice", [{"length": 100}, {"model": "GPT-2"}, {"view": "MAC"}, {"timed_model": "T5"}]
-)
+@pytest.mark.parametrize("choice", [{"length": 100}, {"model": "GPT-2"}, {"view": "MAC"}, {"timed_model": "T5"}])
 def test_a_choice_that_is_not_offered_is_refused(choice):
     (name,) = choice
     with pytest.raises(ValueError, match=f"^{name} must be one of"):

@@ -9,9 +9,7 @@ from torch import Generator
 from effnlp_lessons.homework.exercise import Answer, Exercise, Mistake, Property, whole_number
 
 
-def macs_or_clock(
-    macs: dict[str, int], runs: dict[str, list[float]], warm_up: int
-) -> tuple[dict[str, float], str]:
+def macs_or_clock(macs: dict[str, int], runs: dict[str, list[float]], warm_up: int) -> tuple[dict[str, float], str]:
     """MACs per second of every part, and the part whose share of the time most exceeds its share of the MACs.
 
     A part's time is the median of its runs (seconds) without the first `warm_up` of them.
@@ -45,7 +43,7 @@ def _exchange(
     return answer
 
 
-PARTS = ("embeddings", "projections", "scores and mixing", "feed-forward", "norms")
+PARTS = ("embeddings", "attention", "feed-forward", "norms")
 
 
 def _draw_runs(odd: bool, warm_up: int | None = None) -> Callable[[Generator], tuple]:
@@ -58,11 +56,11 @@ def _draw_runs(odd: bool, warm_up: int | None = None) -> Callable[[Generator], t
             counted = part not in ("embeddings", "norms")
             macs[part] = whole_number(2_000_000, 90_000_000, generator) if counted else 0
             usual = (macs[part] / 3e10 + 2e-4) * (0.4 + 2 * float(torch.rand((), generator=generator)))
-            count = 2 * whole_number(2, 4, generator) + int(odd)
+            count = 2 * whole_number(1, 3, generator) + int(odd)
             spread = 1 + 0.3 * torch.rand(first + count, generator=generator, dtype=torch.float64)
             spread[:first] *= 9
             spread[first + whole_number(0, count - 1, generator)] *= 6
-            runs[part] = [round(usual * factor, 7) for factor in spread.tolist()]
+            runs[part] = [float(f"{usual * factor:.3g}") for factor in spread.tolist()]
         return macs, runs, first
 
     return draw
@@ -111,14 +109,12 @@ MACS_OR_CLOCK = Exercise(
         ),
         Mistake(
             "The upper of the two middle runs",
-            "With an even number of runs the median is the mean of the two in the middle. You take the "
-            "upper one.",
+            "With an even number of runs the median is the mean of the two in the middle. You take the upper one.",
             _exchange(time=_upper_middle),
         ),
         Mistake(
             "Runs are dropped after sorting",
-            "Warm-up runs are the first in time, not the shortest. Drop them before you sort or take the "
-            "median.",
+            "Warm-up runs are the first in time, not the shortest. Drop them before you sort or take the median.",
             _exchange(time=lambda times, warm_up: statistics.median(sorted(times)[warm_up:])),
         ),
         Mistake(
@@ -129,14 +125,12 @@ MACS_OR_CLOCK = Exercise(
         ),
         Mistake(
             "The part with the lowest speed",
-            "You name the part with the fewest MACs per second. It may take no time worth mentioning. "
-            "Compare shares.",
+            "You name the part with the fewest MACs per second. It may take no time worth mentioning. Compare shares.",
             _exchange(choose=lambda macs, seconds: min(macs, key=lambda part: macs[part] / seconds[part])),
         ),
         Mistake(
             "The difference is taken the wrong way round",
-            "You name the part that is cheaper on the clock than its MACs say. Take share of time minus "
-            "share of MACs.",
+            "You name the part that is cheaper on the clock than its MACs say. Take share of time minus share of MACs.",
             _exchange(choose=lambda macs, seconds: min(macs, key=lambda part: _excess(macs, seconds)[part])),
         ),
         Mistake(

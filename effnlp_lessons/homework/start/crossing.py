@@ -91,8 +91,7 @@ CROSSING_LENGTH = Exercise(
         ),
         Mistake(
             "A length below one token",
-            "When the feed-forward is narrow, attention costs more at every length. The smallest length is "
-            "then 1.",
+            "When the feed-forward is narrow, attention costs more at every length. The smallest length is then 1.",
             lambda d_model, d_ff, matrices: (matrices * d_ff - 4 * d_model) // 2 + 1,
         ),
     ),

@@ -31,9 +31,7 @@ def _batch_macs(
 ) -> int:
     """MACs of `batch` sequences of `length` positions; `products` of n x n x d, `ff` matrices of d x f."""
     per_sequence = (
-        projections * length * d_model * d_model
-        + products * length * length * d_model
-        + ff * length * d_model * d_ff
+        projections * length * d_model * d_model + products * length * length * d_model + ff * length * d_model * d_ff
     )
     return layers * batch * per_sequence
 
@@ -80,9 +78,7 @@ ENCODER_MACS = Exercise(
             "The batch is taken to be one long sentence",
             "Adding the lengths first lets every token attend to the other sentences. Count one padded "
             "sentence, then multiply by the number of sentences.",
-            lambda layers, d_model, d_ff, lengths: _batch_macs(
-                layers, d_model, d_ff, 1, len(lengths) * max(lengths)
-            ),
+            lambda layers, d_model, d_ff, lengths: _batch_macs(layers, d_model, d_ff, 1, len(lengths) * max(lengths)),
         ),
         Mistake(
             "Only one sentence is counted",
@@ -96,14 +92,12 @@ ENCODER_MACS = Exercise(
         ),
         Mistake(
             "FLOPs are counted, not MACs",
-            "Your answer is twice the count. One MAC is a multiplication together with its addition: two "
-            "FLOPs.",
+            "Your answer is twice the count. One MAC is a multiplication together with its addition: two FLOPs.",
             lambda *inputs: 2 * encoder_macs(*inputs),
         ),
         Mistake(
             "Mixing is left out",
-            "Scores cost n² d MACs, and so does mixing: the weights times the values. Your count has one "
-            "n² d.",
+            "Scores cost n² d MACs, and so does mixing: the weights times the values. Your count has one n² d.",
             lambda layers, d_model, d_ff, lengths: _batch_macs(
                 layers, d_model, d_ff, len(lengths), max(lengths), products=1
             ),
@@ -126,9 +120,7 @@ ENCODER_MACS = Exercise(
         Mistake(
             "One feed-forward matrix is missing",
             "The feed-forward goes up to d_ff and back to d_model: two matrices, 2 n d f.",
-            lambda layers, d_model, d_ff, lengths: _batch_macs(
-                layers, d_model, d_ff, len(lengths), max(lengths), ff=1
-            ),
+            lambda layers, d_model, d_ff, lengths: _batch_macs(layers, d_model, d_ff, len(lengths), max(lengths), ff=1),
         ),
     ),
     hints=(

@@ -63,8 +63,7 @@ BLOCK_PARAMETERS = Exercise(
         ),
         Mistake(
             "The feed-forward's biases are left out",
-            "A linear layer from a to b has a*b weights and b biases: d_ff after the first, d_model after "
-            "the second.",
+            "A linear layer from a to b has a*b weights and b biases: d_ff after the first, d_model after the second.",
             _decoder_block(feed_forward_biases=0),
         ),
         Mistake(

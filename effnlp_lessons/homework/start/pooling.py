@@ -30,9 +30,7 @@ def _draw_hidden(padding: str, dtype: torch.dtype = torch.float32) -> Callable[[
     """Hidden vectors and a mask; padding "none", "end", "anywhere", or "row" ("end", one row all padding)."""
 
     def draw(generator: Generator) -> tuple:
-        batch, length, d_model = (
-            whole_number(low, high, generator) for low, high in ((1, 4), (3, 9), (2, 6))
-        )
+        batch, length, d_model = (whole_number(low, high, generator) for low, high in ((1, 4), (3, 9), (2, 6)))
         hidden = torch.randn(batch, length, d_model, generator=generator, dtype=dtype)
         real = torch.tensor([whole_number(1, length - 1, generator) for _ in range(batch)])
         mask = torch.arange(length) < real.unsqueeze(-1)
@@ -99,8 +97,7 @@ MEAN_POOL = Exercise(
         ),
         Mistake(
             "Zero divided by zero",
-            "A row of padding alone has the sum 0 and the count 0, which gives NaN. Make the count at "
-            "least 1.",
+            "A row of padding alone has the sum 0 and the count 0, which gives NaN. Make the count at least 1.",
             _divide_unguarded,
         ),
         Mistake(
@@ -111,8 +108,7 @@ MEAN_POOL = Exercise(
         ),
         Mistake(
             "One is added to every count",
-            "That avoids 0 / 0 and makes every other mean too small. Only a count of 0 may change: "
-            "clamp(min=1).",
+            "That avoids 0 / 0 and makes every other mean too small. Only a count of 0 may change: clamp(min=1).",
             _divide_by_count_plus_one,
         ),
         Mistake(
@@ -132,14 +128,12 @@ MEAN_POOL = Exercise(
         ),
         Mistake(
             "One count for the whole batch",
-            "You divide every row by the real tokens of all rows together. Each row has its own count: sum "
-            "over dim=1.",
+            "You divide every row by the real tokens of all rows together. Each row has its own count: sum over dim=1.",
             _divide_by_batch_count,
         ),
     ),
     hints=(
-        "The sum is right. By what should it be divided, for a row with 3 real tokens in a tensor of "
-        "length 8?",
+        "The sum is right. By what should it be divided, for a row with 3 real tokens in a tensor of length 8?",
         "The count of a row is key_padding_mask.sum(dim=1), of shape (batch,). Give it a last dimension so "
         "that it divides (batch, d_model). Then think of a row whose count is 0.",
         "A neighbour: the mean price of the items in stock, for three shops.\n"

@@ -1,0 +1,69 @@
+"""Figures of a page: what they show is what they were given; bad input is named."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from PIL import Image
+
+from effnlp_lessons.measure import block_macs
+from effnlp_lessons.widgets.page import attention_maps, bars, lines, show_source
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shell():
+    InteractiveShell.instance()
+
+
+def displayed(call):
+    with capture_output() as captured:
+        call()
+    picture = next((o for o in captured.outputs if "image/png" in o.data), None)
+    text = " ".join(o.data.get("text/markdown", "") for o in captured.outputs)
+    if picture is None:
+        return None, "", text
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.data["image/png"]))).convert("RGB"))
+    text = text.strip()
+    return pixels, picture.metadata["image/png"]["alt"], text
+
+
+def test_source_is_the_librarys_own():
+    _, _, text = displayed(lambda: show_source(block_macs))
+    assert text.startswith("`effnlp_lessons/measure.py`") and '"attention projections": 4 * length * d * d' in text
+
+
+def test_bars_are_as_long_as_their_numbers():
+    pixels, alt, caption = displayed(lambda: bars({"a": 1.0, "b": 3.0}, unit="million", caption="Look."))
+    blue = (pixels == np.array([0x00, 0x72, 0xB2])).all(-1).sum(1)  # blue pixels in every row
+    long, short = blue.max(), blue[blue > 5].min()
+    assert long / short == pytest.approx(3, rel=0.03)
+    assert alt == "Bars in million: b 3.00, a 1.00." and caption == "*Look.*"
+
+
+def test_lines_say_where_they_go():
+    call = {"x_label": "length (tokens)", "y_label": "ms", "caption": "Look."}
+    pixels, alt, _ = displayed(lambda: lines([1, 10, 100], {"a": [[1, 2, 4], [2, 3, 8], [3, 9, 9]]}, **call))
+    assert pixels.std() > 0 and alt == "ms against length (tokens), 1 to 100: a from 2 to 8."
+    with pytest.raises(ValueError, match="runs of 2 points"):
+        lines([1, 2], {"a": [[1, 2], [1]]}, **call)
+    with pytest.raises(ValueError, match="runs of 2 points"):
+        lines([1, 2], {}, **call)
+
+
+def test_attention_maps_show_the_weights():
+    weights = torch.zeros(5, 3, 3)
+    weights[:, :, 1] = 1.0
+    weights[2] = torch.eye(3)
+    pixels, alt, _ = displayed(lambda: attention_maps(weights, ["[CLS]", "film", "[SEP]"], caption="Look."))
+    assert "head 0: film 100 %" in alt and "head 2: [CLS] 33 %" in alt
+    dark = np.abs(pixels.astype(int) - [8, 48, 107]).sum(-1) < 12  # the end of the colour map
+    white = (pixels == [247, 251, 255]).all(-1)  # its beginning: a weight of 0
+    assert dark.sum() / (dark.sum() + white.sum()) == pytest.approx(1 / 3, abs=0.02)
+    with pytest.raises(ValueError, match=r"weights must be \(heads, 2, 2\), got \(5, 3, 3\)"):
+        attention_maps(weights, ["a", "b"], caption="Look.")
+    with pytest.raises(ValueError, match="at least one part"):
+        bars({}, unit="x", caption="Look.")
