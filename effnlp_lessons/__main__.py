@@ -18,9 +18,7 @@ from effnlp_lessons.paths import ROOT
 
 def main(arguments: list[str]) -> int:
     """Run one command and return the exit code: 0, or 1 after one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m effnlp_lessons", description="The commands of the course."
-    )
+    parser = argparse.ArgumentParser(prog="python -m effnlp_lessons", description="The commands of the course.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("install", help="make .venv and install the course there with everything it uses")
     commands.add_parser("prepare", help="fetch and verify the data that the notebooks read")

@@ -267,7 +267,8 @@ def run(name: str, command: list[str], root: Path, lock) -> None:
             lines.append(line)
             if TELLING.search(line) or time.perf_counter() - shown > 15:
                 shown = time.perf_counter()
-                print(f"    {shown - started:.0f} s: {line.strip()[:90]}", flush=True)
+                line = re.sub(r"-\d\S*\.whl", "", line.strip())  # the name and the size are enough
+                print(f"    {shown - started:.0f} s: {line[:90]}", flush=True)
     if process.returncode:
         raise SetupError(why_it_failed("".join(lines)))
     print(f"  {time.perf_counter() - started:.1f} s", flush=True)

@@ -191,13 +191,12 @@ def transformer_macs(config: TransformerConfig, batch: int, length: int) -> dict
 def transformer_parameters(config: TransformerConfig) -> dict[str, int]:
     """Parameters of an encoder by part: weights and biases; norms have a weight and a bias per channel."""
     d, layers = config.d_model, config.layers
+    norms = 2 * layers + 1  # two a block, and one after the embeddings or after the last block
     parts = {
         "embeddings": (config.vocab_size + config.max_length + config.segments) * d,
         "attention": layers * 4 * (d * d + d),
         "feed-forward": layers * (d * config.d_ff + config.d_ff + config.d_ff * d + d),
-        "norms": (2 * layers + 1)
-        * 2
-        * d,  # two a block, and one after the embeddings or after the last block
+        "norms": norms * 2 * d,
     }
     return parts | ({"pooler": d * d + d} if config.pooler else {})
 

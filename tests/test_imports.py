@@ -98,9 +98,7 @@ def test_only_the_triton_files_import_triton():
 
 def test_the_search_for_imports_finds_them(tmp_path):
     file = tmp_path / "module.py"
-    file.write_text(
-        "if True:\n    try:\n        import triton.language\n    except ImportError:\n        pass\n"
-    )
+    file.write_text("if True:\n    try:\n        import triton.language\n    except ImportError:\n        pass\n")
     assert imported_at_the_top(file) == {"triton"}
     file.write_text("class Kernel:\n    def run(self):\n        import triton\n")
     assert imported_at_the_top(file) == set()

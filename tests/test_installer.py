@@ -394,6 +394,30 @@ def test_two_installs_take_turns(machine, capsys):
     assert installer.is_up_to_date(machine.project, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there is no lock on Windows")
+def test_a_killed_installs_pip_still_keeps_others_out(machine):
+    import fcntl
+
+    (machine.project / ".venv").mkdir()
+    step = [sys.executable, "-c", "import time; print('at it', flush=True); time.sleep(2)"]
+    code = (
+        "from pathlib import Path; from effnlp_lessons import installer\n"
+        f"root = Path({str(machine.project)!r})\n"
+        f"with installer.one_at_a_time(root) as lock: installer.run('pip', {step}, root, lock)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = machine.project / ".venv" / "install.log"
+    while not log.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    with open(machine.project / "pyproject.toml", "r+b") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX)  # free once the orphan has ended
+
+
 def test_no_python_deletes_the_venv_it_runs_in(machine, monkeypatch):
     (machine.project / ".venv").mkdir()
     monkeypatch.setattr(installer.sys, "prefix", str(machine.project / ".venv"))

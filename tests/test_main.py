@@ -68,9 +68,7 @@ def test_a_python_without_the_course_names_the_one_with_it(done, command, monkey
 
 @pytest.mark.parametrize("ok, code", [(True, 0), (False, 1)])
 def test_doctor_fails_when_something_is_to_be_mended(monkeypatch, capsys, ok, code):
-    monkeypatch.setattr(
-        environment, "report", lambda: [Finding("disk", "1.0 GB free", ok, "" if ok else "mend")]
-    )
+    monkeypatch.setattr(environment, "report", lambda: [Finding("disk", "1.0 GB free", ok, "" if ok else "mend")])
     assert commands.main(["doctor"]) == code
     assert "1.0 GB free" in capsys.readouterr().out
 

@@ -20,9 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def requirements() -> dict[str, Requirement]:
     """Every direct dependency of an install, by name: the course's own and those of the installed extras."""
     extras = PROJECT["optional-dependencies"]
-    lines = PROJECT["dependencies"] + [
-        line for extra in installer.EXTRAS.split(",") for line in extras[extra]
-    ]
+    lines = PROJECT["dependencies"] + [line for extra in installer.EXTRAS.split(",") for line in extras[extra]]
     return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
 
 
@@ -49,9 +47,7 @@ def test_every_tested_version_is_in_the_range():
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="only CI promises the tested versions")
 def test_the_tested_versions_are_installed():
-    wanted = [
-        name for name, needed in requirements().items() if not needed.marker or needed.marker.evaluate()
-    ]
+    wanted = [name for name, needed in requirements().items() if not needed.marker or needed.marker.evaluate()]
     installed = {name: Version(importlib.metadata.version(name)).public for name in wanted}
     assert installed == {name: exact(constraints()[name]) for name in wanted}
 

@@ -40,6 +40,13 @@ def test_the_cheap_checks_come_first_and_every_notebook_is_run(tmp_path):
     assert run == written | solved
 
 
+def test_no_notebook_at_all_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    command = suite.steps(tmp_path / "tests.xml")[-1].command
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == suite.PYTEST_NOTHING_COLLECTED
+
+
 def test_all_steps_run_when_all_pass(checks, capfd):
     checks(Step("first", PASSES), Step("second", PASSES))
     assert suite.run() == 0
@@ -98,9 +105,7 @@ def test_pytest_names_browser_tests_as_the_runner_expects(tmp_path):
     """The runner finds browser tests by their class name in the XML file, which pytest makes up."""
     folder = tmp_path / "tests" / "browser"
     folder.mkdir(parents=True)
-    (folder / "test_x.py").write_text(
-        "import pytest\n@pytest.mark.skip(reason='no Chromium')\ndef test_y(): 1\n"
-    )
+    (folder / "test_x.py").write_text("import pytest\n@pytest.mark.skip(reason='no Chromium')\ndef test_y(): 1\n")
     file = tmp_path / "tests.xml"
     command = [
         sys.executable,

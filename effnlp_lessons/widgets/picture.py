@@ -160,7 +160,6 @@ class Explorer(ipywidgets.VBox):
                 artist.set_in_layout(False)  # the axes keep their place whatever the numbers are
                 artist.set_zorder(1_000 + place)  # as in the full drawing: above all that stays
             self.figure.canvas.draw()
-        self.figure.set_layout_engine("none")
         self._background = self.figure.canvas.copy_from_bbox(self.figure.bbox)
 
     def _draw_what_moves(self) -> None:

@@ -33,7 +33,6 @@ import torch
 
 from effnlp_lessons import environment
 
-torch.set_num_threads(2)
 print(environment.as_table(environment.report()))
 
 # %% [markdown]
@@ -68,7 +67,8 @@ for index in similarity.topk(3).indices:
     print(f"  {similarity[index]:.2f}  {texts[index]}")
 
 # %% [markdown]
-# It works: sentences close in meaning get vectors at a small angle. Now we open it up.
+# Sentences about the same thing get vectors at a small angle. Note what counts as *the same*: love stories find love
+# stories, whether they are praised or not. Remember this when we come to the teacher. Now we open the model up.
 #
 # ## 2. Where the parameters are
 #
@@ -209,9 +209,10 @@ predict("start.clock", my_guess)
 from effnlp_lessons.studies import cost_by_length
 
 if (guess := reveal("start.clock")) is not None:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     live = cost_by_length.run({"lengths": [256, 512, 1024, 1536], "runs": 3}, seed=0).numbers
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     print("tokens   scores and mixing   feed-forward   (milliseconds, your machine, one thread)")
     for index, length in enumerate(live["lengths"]):
         attention, feed_forward = (live["seconds"][part][index] for part in cost_by_length.PARTS[1:])
@@ -327,10 +328,9 @@ from effnlp_lessons.classification import ReviewExamples, accuracy
 from effnlp_lessons.pretrained import load_teacher, teacher_path
 
 study = load_results("teacher")
-for run in study["runs"]:
-    print(f"seed {run['seed']}: dev {run['dev accuracy']:.1f} %, {run['seconds'] / 60:.0f} minutes on one core")
+print("recorded, dev accuracy by seed:", ", ".join(f"{run['dev accuracy']:.1f} %" for run in study["runs"]))
 shipped = study["shipped"]
-print(f"shipped: seed {shipped['seed']}, {teacher_path().stat().st_size / 1e6:.2f} MB, "
+print(f"shipped is seed {shipped['seed']}, {teacher_path().stat().st_size / 1e6:.2f} MB: "
       f"dev {shipped['dev accuracy']:.1f} %, test {shipped['test accuracy']:.1f} % (read once)")
 
 teacher = load_teacher()
@@ -338,14 +338,29 @@ sample = ReviewExamples(data.subset("dev"), limit=200)
 print(f"measured now on 200 dev sentences: {accuracy(teacher, sample):.1f} %")
 
 # %% [markdown]
-# 200 sentences give a standard error of about 2.5 points, 2,000 about 0.8. Two models that differ by less are not
-# told apart by one measurement. The course says so wherever it compares.
+# Read these numbers with doubt. 200 sentences give a standard error of about 2.5 points, 2,000 about 0.8. And the
+# shipped seed is the best of four *on dev*, so its dev accuracy is partly luck; the test split, read once, is not
+# chosen. The course gives the spread wherever it compares.
+#
+# The training itself, small enough to watch: the same function, 256 sentences, one epoch.
+
+# %%
+from effnlp_lessons.studies import teacher as teacher_study
+
+setting = study["runs"][0]["setting"] | {"epochs": 1, "sentences": 256}
+live = teacher_study.run(setting, seed=0).numbers
+print(f"one epoch on 256 sentences: {live['dev accuracy']:.0f} % of 256 dev sentences right")
 
 # %%
 with torch.inference_mode():
-    for text in ("A love story that left me cold.", "A love story that left me in tears, twice."):
+    for text in ("A warm, funny film that trusts its actors.", "Two hours of noise without a single idea.",
+                 "I have rarely been so bored by so many explosions.", "A love story that left me cold."):
         negative, positive = teacher(*tokenizer.pad(tokenizer.encode([text]))).softmax(-1)[0]
         print(f"positive {100 * positive:5.1f} %   {text}")
+
+# %% [markdown]
+# The last one is wrong: the love story outweighs the cold. About one sentence in seven goes wrong like this. It is the
+# price list that every compressed model of this course is compared with.
 
 # %% [markdown]
 # ## 8. What attention does with your sentence
@@ -367,8 +382,8 @@ weights = torch.stack([masked_softmax(raw, None)[0] for raw in scores])  # (laye
 attention_maps(weights[layer], encoded.tokens, caption=f"The {config.heads} heads of layer {layer}: `{sentence}`")
 
 # %% [markdown]
-# Most squares are nearly empty, and many have two bright columns at the edges. How much of all attention goes to
-# the two tokens that mean nothing, `[CLS]` and `[SEP]`?
+# Most squares are nearly empty, and many have one dark column at the left. How much of all attention goes to the two
+# tokens that mean nothing, `[CLS]` and `[SEP]`?
 
 # %%
 ends = weights[..., [0, -1]].sum(-1).mean((1, 2))
@@ -377,7 +392,7 @@ print(f"if attention were even: {100 * uniform:.0f} %")
 print("by layer:", ", ".join(f"{100 * share:.0f} %" for share in ends))
 
 # %% [markdown]
-# A head that has nothing to say must still spend its weight, for the softmax sums to one. It seems to park it on the
+# A head that has nothing to say must still spend its weight, for the softmax sums to one. It seems to park it at the
 # ends (Clark et al. 2019, sec. 3.2, on `[SEP]` in BERT). So most of the $n^2$ pairs carry little. Notebooks 08 to 10 are about
 # not computing them.
 

@@ -49,8 +49,7 @@ SCALE = Exercise(
     reference=lambda x: 2 * x,
     properties=(Property("any tensor", lambda generator: (torch.randn(2, 3, generator=generator),)),),
     mistakes=tuple(
-        Mistake(f"Times {factor}", "Two is asked for.", lambda x, factor=factor: factor * x)
-        for factor in (1, 3, 4, 5)
+        Mistake(f"Times {factor}", "Two is asked for.", lambda x, factor=factor: factor * x) for factor in (1, 3, 4, 5)
     ),
     hints=("One.", "Two.", "Three."),
 )
@@ -206,6 +205,18 @@ def test_a_wrong_shape_or_dtype_has_its_own_message(fn, words, capsys):
 
 def test_a_changed_input_is_said_even_if_the_answer_is_right(capsys):
     assert "changes its input 'x' in place" in failing(capsys, "start.scale", lambda x: x.mul_(2))[1]
+
+
+def test_the_input_is_shown_as_it_was_before_the_student_changed_it(capsys):
+    _, printed = failing(capsys, "start.scale", lambda x: x.zero_())
+    assert "input     x = [[0, 0, 0]" not in printed
+
+
+def test_a_mistake_may_change_its_input_without_harm(monkeypatch):
+    in_place = Mistake("In place", "Twice is asked for.", lambda x: x.mul_(7))
+    exercise = Exercise(**{**vars(SCALE), "mistakes": (in_place, *SCALE.mistakes)})
+    monkeypatch.setattr(grader, "find_exercise", lambda id: exercise)
+    check("start.scale", lambda x: x + x)
 
 
 def test_an_exception_names_its_line_in_the_students_function(capsys):

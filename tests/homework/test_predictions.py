@@ -98,9 +98,7 @@ def test_a_recorded_run_does_not_read_the_students_guesses(monkeypatch):
     assert reveal("start.share") == 77
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[1, 2]", '{"guess": "many"}', '{"guess": 400}', b"\xff\xfe\x00"]
-)
+@pytest.mark.parametrize("damage", ["", "{", "[1, 2]", '{"guess": "many"}', '{"guess": 400}', b"\xff\xfe\x00"])
 def test_a_damaged_file_is_set_aside(home, damage, capsys):
     file = home / "guesses" / "start.share.json"
     file.parent.mkdir(parents=True)

@@ -74,6 +74,14 @@ def test_mean_pool_agrees_with_a_loop_over_rows():
         np.testing.assert_allclose(mean_pool(hidden, mask)[row].numpy(), expected, rtol=1e-12)
 
 
+def test_cosine_similarity_does_not_see_the_bug_of_the_starter():
+    generator = torch.Generator().manual_seed(2)
+    hidden, mask = torch.randn(2, 6, 5, generator=generator), torch.arange(6) < torch.tensor([[2], [5]])
+    right, wrong = mean_pool(hidden, mask), starter_of_the_notebook(hidden, mask)
+    assert not torch.allclose(right, wrong)
+    torch.testing.assert_close(torch.cosine_similarity(*right, dim=0), torch.cosine_similarity(*wrong, dim=0))
+
+
 def test_macs_or_clock_by_hand():
     macs = {"a": 600, "b": 400, "c": 0}
     runs = {"a": [9.0, 2.0, 4.0, 3.0], "b": [9.0, 1.0, 1.0, 1.0], "c": [9.0, 1.0, 2.0, 9.0]}
@@ -335,9 +343,7 @@ WRONG_ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("id", "wrong", "name"), WRONG_ANSWERS, ids=[f"{id}-{name}" for id, _, name in WRONG_ANSWERS]
-)
+@pytest.mark.parametrize(("id", "wrong", "name"), WRONG_ANSWERS, ids=[f"{id}-{name}" for id, _, name in WRONG_ANSWERS])
 def test_a_wrong_answer_fails_and_its_cause_is_named(id, wrong, name, capsys):
     for seed in SEEDS:
         with pytest.raises(HomeworkError):

@@ -14,8 +14,10 @@ LECTURE = """\
 
 # %%
 import os
+import time
 
-print(os.environ["EFFNLP_GUESSES"], os.environ["OMP_NUM_THREADS"], os.path.basename(os.getcwd()))
+print(os.environ["EFFNLP_GUESSES"], os.environ["OMP_NUM_THREADS"], os.path.basename(os.getcwd()), flush=True)
+time.sleep(0.3)
 print("second line")
 
 # %% tags=["nbval-check-output"]
@@ -158,6 +160,7 @@ def test_the_solved_homework_is_executed_and_has_no_markers(built):
     assert code(notebook)[3].source == "def other_square(number):\n    return number**2"
     assert all(cell.execution_count for cell in code(notebook))
     assert not builder.MARKER.search(json.dumps(notebook))
+    assert code(notebook)[2].metadata == {"tags": ["check"]}
 
 
 def test_nbgrader_metadata_comes_from_the_tags(built):
@@ -229,7 +232,8 @@ def test_an_edited_text_is_drift(built):
     source.write_text(source.read_text().replace("A lecture", "Another lecture"))
     (problem,) = builder.check(built)
     assert problem == (
-        "notebooks/lecture.ipynb was built from another text: edit notebooks/source/lecture.py and run `make notebooks`"
+        "notebooks/lecture.ipynb was built from another text. Its text is notebooks/source/lecture.py; "
+        "run `make notebooks`."
     )
 
 

@@ -3,6 +3,7 @@
 import nbformat
 import notebooks_build as builder
 import pytest
+from torch import nn
 
 from effnlp_lessons.homework.lectures import MODULES, all_exercises, find_exercise
 
@@ -75,6 +76,16 @@ def test_minutes_and_difficulty_are_those_of_the_exercises(name):
         stated = f"{exercise.minutes} minutes, difficulty {exercise.difficulty} of 5"
         assert stated in text, exercise.id
         assert f"| {exercise.minutes} | {exercise.difficulty} of 5 |" in notebook.cells[0].source
+
+
+def test_the_worked_example_of_the_first_exercise_is_right():
+    block = nn.TransformerEncoderLayer(384, nhead=12, dim_feedforward=1536)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in block.named_children()}
+    text = "\n".join(cell.source for cell in read(HOMEWORK / "00_start_here.ipynb").cells)
+    assert f"| 4 · 384 | {counts['self_attn']:,} |" in text
+    assert f"| 1536 + 384 | {counts['linear1'] + counts['linear2']:,} |" in text
+    assert f"| 2 · 384 | 2 · 384 | {counts['norm1'] + counts['norm2']:,} |" in text
+    assert f"| **{sum(counts.values()):,}** |" in text
 
 
 def test_every_exercise_stands_in_one_homework_notebook():

@@ -39,14 +39,14 @@ class Probe(Explorer):
         self.axes.plot([0, 8], [0, 8 * numbers["factor"]], color=style.GREY, zorder=50)
         self.axes.set(xlim=(0, 8), ylim=(0, 16), title=f"factor {numbers['factor']}")
         (self.dot,) = self.axes.plot([], [], "o", markersize=14)
-        self.note = self.axes.text(0, 0, "")
+        self.note = self.axes.text(numbers["x"], 3, "a long note that leaves the axes")
         return [self.dot, self.note]
 
     def draw(self, numbers):
         self.calls.append("draw")
         self.dot.set_data([numbers["x"]], [numbers["y"]])
         self.dot.set_color(numbers["colour"])
-        self.note.set(text=f"<{numbers['y']}> a long note that leaves the axes", position=(numbers["x"], 3))
+        self.note.set(text=f"<{numbers['y']}> a long note that leaves the axes", x=numbers["x"])
 
     def describe(self, numbers):
         return f"A dot at {numbers['x']}, {numbers['y']}."
@@ -107,7 +107,7 @@ def test_going_and_coming_back_leaves_no_trace(shown):
     first = shown(probe)
     set_values(probe, x=8, factor=2)
     assert not np.array_equal(shown(probe), first)
-    set_values(probe, x=2, factor=1)
+    set_values(probe, factor=1, x=2)  # the scene is drawn anew while the note leaves the axes
     assert np.array_equal(shown(probe), first)
 
 
