@@ -1,6 +1,7 @@
-"""The table of contents that is tested: reads `catalog.toml`, and draws README's coverage table from it.
+"""The table of contents that is tested: reads `catalog.toml`, and makes from it what README shows.
 
-`python -m effnlp_lessons.catalog` puts the table into README.md between its two markers.
+`python -m effnlp_lessons.catalog` puts the coverage table into README.md between its two markers, and draws
+README's picture.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from effnlp_lessons.paths import ROOT
 
 FILE = Path(__file__).with_name("catalog.toml")
+PICTURE = ROOT / "notebooks" / "images" / "cost_explorer.png"
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 
 
@@ -72,7 +74,16 @@ def with_coverage(readme: str) -> str:
     return f"{head}{BEGIN}\n{coverage_table()}\n{END}{rest.split(END)[1]}"
 
 
+def picture() -> bytes:
+    """README's picture, PNG: the cost explorer of notebook 00 as it opens."""
+    from effnlp_lessons.widgets.cost_explorer import CostExplorer
+
+    return CostExplorer(length=512).image.value
+
+
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(with_coverage(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    print("README.md: coverage table written")
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_bytes(picture())
+    print("README.md: coverage table and picture written")

@@ -31,7 +31,7 @@ UPDATE_BYTES = 1_000_000_000  # to change packages of a finished .venv
 TELLING = re.compile(r"^ *Downloading .*(\d\d(\.\d+)? MB|GB)\)|^Installing collected packages")
 CUDA_HINT = (
     "    pip takes the CUDA build of torch, several GB. Without an NVIDIA GPU you can stop it (Ctrl-C) and set\n"
-    "    TORCH_INDEX to the CPU address that PyTorch's installation page shows: TORCH_INDEX=ADDRESS make lab"
+    "    TORCH_INDEX to the CPU address that PyTorch's installation page shows: make lab TORCH_INDEX=ADDRESS"
 )
 UNREACHABLE = (  # what pip's output holds when it could not talk to its index
     "Retrying (Retry(",

@@ -44,7 +44,7 @@ def steps(results: Path) -> list[Step]:
         Step("notebooks are built from their text", [python, "notebooks/build.py", "check"]),
         Step(
             "tests",
-            [*plain, *two, "loadfile", "-rs", f"--junitxml={results}", "--ignore=tests/benchmarks", "tests"],
+            [*plain, *two, "loadfile", "-rfEs", f"--junitxml={results}", "--ignore=tests/benchmarks", "tests"],
         ),
         Step("doctests", [*plain, "--doctest-modules", "effnlp_lessons"], (0, PYTEST_NOTHING_COLLECTED)),
         Step(

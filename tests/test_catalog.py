@@ -1,11 +1,14 @@
 """The catalogue: every cell of it leads somewhere."""
 
 import importlib
+import io
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from effnlp_lessons import catalog
 from effnlp_lessons.homework.lectures import find_exercise
@@ -68,6 +71,12 @@ def test_every_exercise_and_study_is_in_the_catalogue():
 def test_readme_has_the_present_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert catalog.with_coverage(readme) == readme, "run: python -m effnlp_lessons.catalog"
+
+
+def test_readme_shows_the_present_explorer():
+    stored, drawn = (Image.open(source).convert("RGB") for source in (catalog.PICTURE, io.BytesIO(catalog.picture())))
+    assert np.array_equal(np.asarray(stored), np.asarray(drawn)), "run: python -m effnlp_lessons.catalog"
+    assert f"({catalog.PICTURE.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_technique_without_its_exercise_is_refused(tmp_path):

@@ -89,9 +89,7 @@ def test_decoder_and_classifier_are_counted_too():
     config = TransformerConfig(100, 64, d_model=16, layers=2, heads=4, d_ff=64)
     ids = torch.zeros(2, 5, dtype=torch.long)
     body = sum(macs for part, macs in transformer_macs(config, 2, 5).items() if part != "pooler")
-    assert (
-        count_macs(Decoder(config), ids).total == body + 2 * 5 * 16 * 100
-    )  # the output layer is the token table
+    assert count_macs(Decoder(config), ids).total == body + 2 * 5 * 16 * 100  # the output layer is the token table
     parts = count_macs(SentenceClassifier(Encoder(config), 3), ids).by_part()
     assert parts["head"] == 2 * 16 * 3 and parts["pooler"] == 2 * 16 * 16
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from effnlp_lessons.training import TrainingPlan, bucketed_batches, learning_rate_at, train, write_atomically
 
-PLAN = TrainingPlan(epochs=3, batch_size=4, learning_rate=1e-2, seed=5)
+PLAN = TrainingPlan(epochs=3, batch_size=4, learning_rate=3e-2, seed=5)
 
 
 class Points:
@@ -137,9 +137,7 @@ def test_finished_run_is_loaded_not_repeated(tmp_path):
     file, model = tmp_path / "run.safetensors", make_model()
     train(model, Points(), loss, PLAN, checkpoint=file, progress=False)
     again = make_model()
-    history = train(
-        again, Points(), lambda *_: pytest.fail("trained again"), PLAN, checkpoint=file, progress=False
-    )
+    history = train(again, Points(), lambda *_: pytest.fail("trained again"), PLAN, checkpoint=file, progress=False)
     assert torch.equal(weights(again), weights(model)) and len(history.loss) == 45
 
 

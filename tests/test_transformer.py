@@ -173,10 +173,7 @@ def gpt2_pair():
         for part in ("weight", "bias"):
             q, k, v = state[f"h.{i}.attn.c_attn.{part}"].chunk(3, dim=-1)
             mixer = {"query": q, "key": k, "value": v, "output": state[f"h.{i}.attn.c_proj.{part}"]}
-            ours |= {
-                f"blocks.{i}.token_mixer.{name}.{part}": t if t.ndim == 1 else t.T
-                for name, t in mixer.items()
-            }
+            ours |= {f"blocks.{i}.token_mixer.{name}.{part}": t if t.ndim == 1 else t.T for name, t in mixer.items()}
             ours[f"blocks.{i}.channel_mixer.expand.{part}"] = state[f"h.{i}.mlp.c_fc.{part}"]
             ours[f"blocks.{i}.channel_mixer.contract.{part}"] = state[f"h.{i}.mlp.c_proj.{part}"]
             ours[f"blocks.{i}.token_norm.{part}"] = state[f"h.{i}.ln_1.{part}"]
@@ -227,20 +224,16 @@ def test_decoding_in_pieces_equals_decoding_at_once(cuts):
 
 
 @given(
-    shape=st.tuples(
-        st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)
-    ),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
     causal=st.booleans(),
     padded=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dense_attention_equals_sdpa(shape, causal, padded, seed):
     batch, heads, queries, keys, d_head = shape
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(
-        batch, heads, queries, d_head, generator=generator, dtype=torch.float64, requires_grad=True
-    )
+    q = torch.randn(batch, heads, queries, d_head, generator=generator, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(batch, heads, keys, d_head, generator=generator, dtype=torch.float64) for _ in "kv")
     mask = torch.rand(batch, keys, generator=generator) < 0.6 if padded else None
     if padded:
@@ -390,9 +383,7 @@ def test_masked_language_model_parameter_counts(config, pretraining, count):
 
 def test_classifier_and_decoder_parameter_counts():
     with torch.device("meta"):
-        distilbert = SentenceClassifier(
-            Encoder(sized(6, 768, segments=0)), 2
-        )  # its pre-classifier is our pooler
+        distilbert = SentenceClassifier(Encoder(sized(6, 768, segments=0)), 2)  # its pre-classifier is our pooler
         assert count_parameters(distilbert) == 66_955_010
         assert count_parameters(Decoder(GPT2)) == 124_439_808
         assert count_parameters(Decoder(TransformerConfig(**vars(GPT2) | {"layers": 6}))) == 81_912_576

@@ -108,7 +108,7 @@ class CostExplorer(Explorer):
         if times is not None:
             check_times(times)
         self._times = {timed_model: times} if times is not None else {}
-        initial = {"description_width": "initial"}
+        initial, whole = {"description_width": "initial"}, ipywidgets.Layout(width="max-content")
         super().__init__(
             {
                 "length": ipywidgets.SelectionSlider(
@@ -116,19 +116,21 @@ class CostExplorer(Explorer):
                     value=length,
                     description="tokens",
                     style=initial,
-                    layout=ipywidgets.Layout(width="360px"),
+                    layout=ipywidgets.Layout(width="340px"),
                 ),
                 "model": ipywidgets.ToggleButtons(
                     options=list(MODELS),
                     value=model,
                     description="model",
-                    style=initial | {"button_width": "85px"},
+                    style=initial | {"button_width": "100px"},
+                    layout=whole,
                 ),
                 "view": ipywidgets.ToggleButtons(
                     options=["MACs", "clock"],
                     value=view,
                     tooltips=["multiply-accumulates, counted", "seconds, recorded"],
                     style={"button_width": "65px"},
+                    layout=whole,
                 ),
             }
         )

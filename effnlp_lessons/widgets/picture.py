@@ -61,17 +61,18 @@ class Explorer(ipywidgets.VBox):
         if unknown:
             raise ValueError(f"scene must name controls among {sorted(controls)}, got {sorted(unknown)}")
         self.controls = controls
+        row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
         width, height = (round(100 * inches) for inches in self.size)
         self.image = TitledImage(
             format="png",
             width=str(width),  # the room is kept before the first picture has arrived
             height=str(height),
-            layout=ipywidgets.Layout(max_width="100%", height="auto", margin="0"),
+            layout=ipywidgets.Layout(margin="0"),
         )
         self.line = ipywidgets.HTML()
+        row.add_class("explorer-controls")
         self.image.add_class("explorer-picture")
         self.line.add_class("explorer-line")
-        row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
         super().__init__([row, self.image, self.line])
         self._numbers: dict[str, Any] = {}
         self._drawn_scene: tuple | None = None

@@ -227,7 +227,7 @@ if reveal("start.clock") is not None:
     crossings = cost_by_length.crossings(recorded)
     lines(lengths, {part: [[1e3 * s for s in run] for run in runs] for part, runs in series.items()},
           x_label="length (tokens)", y_label="milliseconds per layer",
-          caption="One MiniLM layer, one thread, median of 5 recorded runs, shaded from the smallest to the largest. "
+          caption=f"One MiniLM layer, one thread, median of {len(recorded['runs'])} recorded runs, shaded from the smallest to the largest. "
           f"Written out, attention overtakes the feed-forward at {crossings['written out'][0]:,.0f} tokens "
           f"({crossings['written out'][1]:,.0f} to {crossings['written out'][2]:,.0f}), "
           f"fused at {crossings['fused'][0]:,.0f} ({crossings['fused'][1]:,.0f} to {crossings['fused'][2]:,.0f}), "

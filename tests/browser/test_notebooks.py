@@ -33,10 +33,12 @@ def test_it_runs_and_shows_every_widget(lab, quiet, tmp_path, name):
             .map(picture => [picture.complete, picture.naturalWidth, picture.offsetWidth])"""
     )
     assert all(complete and natural > 0 and shown > 0 for complete, natural, shown in pictures), pictures
-    height = page.evaluate(
-        "() => [...document.querySelectorAll('.jp-Cell')].reduce((sum, cell) => sum + cell.offsetHeight, 300)"
+    # the whole page in one picture, for whoever wants to look
+    outside = page.evaluate(
+        """() => { const pane = document.querySelector('.jp-Notebook .jp-WindowedPanel-outer');
+            pane.scrollTop = 0; return pane.scrollHeight - pane.clientHeight }"""
     )
-    page.set_viewport_size({"width": 1_400, "height": min(int(height), 16_000)})
+    page.set_viewport_size({"width": 1_400, "height": min(900 + int(outside), 16_000)})
     page.wait_for_timeout(500)
     file = tmp_path / f"{Path(name).stem}.png"
     page.screenshot(path=file)

@@ -63,9 +63,7 @@ def test_summary_keeps_every_run(tmp_path):
     ]
     expected = [draw(run["setting"], run["seed"]).numbers["sum"] for run in summary["runs"]]
     assert [run["sum"] for run in summary["runs"]] == expected
-    assert summary["bytes"] == [12, 12, 20, 20] and float((tmp_path / "largest.txt").read_text()) == max(
-        expected
-    )
+    assert summary["bytes"] == [12, 12, 20, 20] and float((tmp_path / "largest.txt").read_text()) == max(expected)
     assert {"command", "versions", "seconds", "machine"} <= set(summary)
     assert all(run["threads"] == 1 for run in summary["runs"])
     assert not (tmp_path / "runs" / "draw").exists()  # the summary holds them now

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from effnlp_lessons.classification import ReviewExamples, accuracy, logits_of
 from effnlp_lessons.datasets import reviews, tokenizer
 from effnlp_lessons.pretrained import (
     apply_difference_,
-    load_minilm,
     load_teacher,
     teacher_logits,
     teacher_path,
@@ -27,9 +25,7 @@ def teacher():
 def test_recorded_accuracy_is_measured_again_from_the_shipped_file(teacher):
     """The dev split from the file of 1 MB, and dev and test from the cached logits."""
     shipped, data = load_results("teacher")["shipped"], reviews.load_reviews()
-    assert accuracy(teacher, ReviewExamples(data.subset("dev"))) == pytest.approx(
-        shipped["dev accuracy"], abs=0.11
-    )
+    assert accuracy(teacher, ReviewExamples(data.subset("dev"))) == pytest.approx(shipped["dev accuracy"], abs=0.11)
     right = teacher_logits().argmax(-1).numpy() == data.label
     for split in ("dev", "test"):
         measured = 100 * right[data.split == split].mean()
@@ -52,21 +48,6 @@ def test_cached_logits_are_the_teachers(teacher):
     torch.testing.assert_close(cached[chosen], computed, atol=5e-3, rtol=5e-3)  # stored in float16
 
 
-def test_logits_come_in_the_order_given(teacher):
-    texts = [
-        "Good.",
-        "A very long and very dull film about a very long and very dull war.",
-        "",
-        "I liked it a lot.",
-    ]
-    one_by_one = torch.cat([logits_of(teacher, tokenizer.encode([text])) for text in texts])
-    torch.testing.assert_close(
-        logits_of(teacher, tokenizer.encode(texts), batch_size=3), one_by_one, atol=1e-5, rtol=0
-    )
-    with pytest.raises(ValueError, match="at least one sentence"):
-        logits_of(teacher, [])
-
-
 SMALL = TransformerConfig(vocab_size=40, max_length=16, d_model=16, layers=2, heads=2, d_ff=24)
 
 
@@ -85,19 +66,3 @@ def test_low_rank_layers_start_as_nothing_and_merge_exactly(tmp_path):
         torch.testing.assert_close(plain(ids), trained(ids), atol=1e-5, rtol=1e-5)
     changed = {name.removesuffix(".up").removesuffix(".down") for name in difference(trained)}
     assert changed == {name for name, _ in plain.named_parameters() if "embeddings" not in name}
-
-
-def test_bad_difference_files_are_named(tmp_path):
-    model = SentenceClassifier(Encoder(SMALL), 2)
-    with pytest.raises(FileNotFoundError, match="record it with `python -m effnlp_lessons.studies teacher`"):
-        apply_difference_(model, tmp_path / "none.safetensors")
-    save_file({"blocks.7.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="changes 'blocks.7.weight', which the model does not have"):
-        apply_difference_(model, tmp_path / "other.safetensors")
-
-
-def test_minilm_keeps_its_weights_when_the_channel_mixer_is_exchanged():
-    encoder = load_minilm(channel_mixer=lambda config, layer: nn.Identity())
-    assert torch.equal(
-        encoder.blocks[3].token_mixer.query.weight, load_minilm().blocks[3].token_mixer.query.weight
-    )
