@@ -83,8 +83,13 @@ def lab_command(further: list[str]) -> list[str]:
 
 
 def lab(further: list[str]) -> int:
-    """Open JupyterLab. On Linux and macOS it takes this process's place, so that it alone gets Ctrl-C."""
+    """Open JupyterLab. On Linux and macOS it takes this process's place, so that it alone gets Ctrl-C.
+
+    `notebooks/.jupyter` takes the instructor's nbgrader panels out of the student's JupyterLab.
+    """
     command = lab_command(further)
+    configuration = [str(ROOT / "notebooks" / ".jupyter"), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, configuration))
     if os.name == "posix":
         sys.stdout.flush()
         os.execv(command[0], command)

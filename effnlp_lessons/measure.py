@@ -189,7 +189,7 @@ def transformer_macs(config: TransformerConfig, batch: int, length: int) -> dict
 
 
 def transformer_parameters(config: TransformerConfig) -> dict[str, int]:
-    """Parameters of an encoder by part: weights and biases; norms have a weight and a bias per channel."""
+    """Parameters of an encoder by part: weights and biases (a norm has both, per channel)."""
     d, layers = config.d_model, config.layers
     norms = 2 * layers + 1  # two a block, and one after the embeddings or after the last block
     parts = {
@@ -286,7 +286,7 @@ def peak_memory(call: Callable[[], Any]) -> int:
     """Most bytes that torch's CPU allocator held at once for `call()`, beyond what was held before.
 
     Includes temporary buffers inside the kernels and the result, not the weights and inputs that
-    existed before. Deterministic, unlike the process's resident memory. Runs without gradients.
+    existed before. It repeats from run to run, unlike the process's resident memory. Runs without gradients.
     """
     with torch.inference_mode():
         call()  # lazy set-up inside the libraries is not this call's

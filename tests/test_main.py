@@ -1,5 +1,7 @@
 """The commands `python -m effnlp_lessons ...`, without opening or running anything."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +22,7 @@ def done(monkeypatch):
     monkeypatch.setattr(suite, "run", lambda: calls.append("test") or 3)
     monkeypatch.setattr(commands.os, "execv", lambda program, command: calls.append([program, *command]) or 0)
     monkeypatch.setattr(commands.os, "name", "posix")
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "")  # `lab` sets it; put back afterwards
     return calls
 
 
@@ -38,6 +41,18 @@ def test_lab_prepares_the_data_and_opens_the_first_notebook(done):
     assert f"--ServerApp.root_dir={ROOT}" in command
     assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in command
     assert command[-3:] == ["--no-browser", "--port", "8899"]
+
+
+def test_lab_shows_students_no_grading_panels(done, monkeypatch):
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "their-own")
+    commands.main(["lab"])
+    ours, theirs = os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)
+    assert ours == str(ROOT / "notebooks" / ".jupyter") and theirs == "their-own"
+    listed = subprocess.run(
+        [sys.executable, "-m", "jupyter", "labextension", "list"], capture_output=True, text=True, check=True
+    )
+    line = next(line for line in (listed.stdout + listed.stderr).splitlines() if "@jupyter/nbgrader v" in line)
+    assert "disabled" in line
 
 
 def test_test_prepares_the_data_and_gives_the_exit_code_on(done):

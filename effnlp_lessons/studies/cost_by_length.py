@@ -72,18 +72,22 @@ def times_by_part(summary: dict[str, Any]) -> dict[str, tuple[list, list, list, 
 
 
 def crossings(summary: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Length (tokens) from which scores and mixing take longer than the feed-forward: median, smallest, largest run."""
-    found = {}
+    """Length (tokens) from which scores and mixing take longer than the feed-forward, written out and fused.
+
+    Each is (where the medians cross, the smallest and the largest crossing of a single run).
+
+    Raises:
+        ValueError: recorded curves that do not cross.
+    """
+    lengths, seconds, found = summary["runs"][0]["lengths"], seconds_by_run(summary), {}
     for name, part in (("written out", PARTS[1]), ("fused", FUSED)):
-        runs = [
-            crossing(run["lengths"], run["seconds"][part], run["seconds"]["feed-forward"])
-            for run in summary["runs"]
-        ]
-        if None in runs:
-            raise ValueError(
-                f"the recorded curves of {part!r} and the feed-forward do not cross in every run"
-            )
-        found[name] = (median(runs), min(runs), max(runs))
+        pairs = list(zip(seconds[part], seconds["feed-forward"], strict=True))
+        medians = [[median(at) for at in zip(*runs, strict=True)] for runs in (seconds[part], seconds["feed-forward"])]
+        runs = [crossing(lengths, *pair) for pair in pairs]
+        middle = crossing(lengths, *medians)
+        if middle is None or None in runs:
+            raise ValueError(f"the recorded curves of {part!r} and the feed-forward do not cross in every run")
+        found[name] = (middle, min(runs), max(runs))
     return found
 
 

@@ -108,29 +108,27 @@ class CostExplorer(Explorer):
         if times is not None:
             check_times(times)
         self._times = {timed_model: times} if times is not None else {}
-        initial, whole = {"description_width": "initial"}, ipywidgets.Layout(width="max-content")
         super().__init__(
             {
                 "length": ipywidgets.SelectionSlider(
                     options=[(f"{n:,}", n) for n in LENGTHS],
                     value=length,
                     description="tokens",
-                    style=initial,
-                    layout=ipywidgets.Layout(width="340px"),
+                    style={"description_width": "initial"},
+                    layout=ipywidgets.Layout(width="380px"),
                 ),
                 "model": ipywidgets.ToggleButtons(
                     options=list(MODELS),
                     value=model,
-                    description="model",
-                    style=initial | {"button_width": "100px"},
-                    layout=whole,
+                    style={"button_width": "100px"},
+                    layout=ipywidgets.Layout(width="max-content"),
                 ),
                 "view": ipywidgets.ToggleButtons(
                     options=["MACs", "clock"],
                     value=view,
                     tooltips=["multiply-accumulates, counted", "seconds, recorded"],
                     style={"button_width": "65px"},
-                    layout=whole,
+                    layout=ipywidgets.Layout(width="max-content", margin="2px 2px 2px 20px"),
                 ),
             }
         )

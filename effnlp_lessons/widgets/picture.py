@@ -2,7 +2,7 @@
 
 A change of a control runs one chain: control values -> `numbers` -> picture, alt text, line. What does
 not change (axes, ticks, labels, curves) is drawn once and kept; an event draws the moving parts over it
-("blitting"), which takes a tenth of the time of a full drawing. The picture is a single ipywidgets Image
+("blitting"), which takes a fraction of the time of a full drawing. The picture is a single ipywidgets Image
 that stays in the page, so nothing flickers and the page does not jump. No model runs in a handler: the
 numbers are closed forms or recorded results.
 

@@ -26,7 +26,10 @@
 # 4. measure any model with the course's yardstick, and read its numbers with the right doubts.
 #
 # **How to read.** Run the cells from top to bottom. Where it says *predict first*, put your guess in place of
-# `None`: the answer stays hidden until you do.
+# `None`: the answer stays hidden until you do. What is folded, open after your guess.
+#
+# **Before anything runs.** People say: *attention is what makes a Transformer expensive.* A review has about 25 tokens.
+# Do you agree, for such a text? Keep your answer in mind.
 
 # %%
 import torch
@@ -97,9 +100,12 @@ if (guess := reveal("start.share")) is not None:
          caption=f"The word table alone holds {share:.1f} % of MiniLM-L6. Your guess: {guess:g} %.")
 
 # %% [markdown]
+# <details><summary><b>After your guess: what follows from it</b></summary>
+#
 # Half of this model is a look-up table. Looking a row up costs no arithmetic. So *a model's size and its work are
 # different things*: a method that shrinks the layers to nothing would still leave half of the file. Keep this in mind
 # for quantization (notebook 03) and for the capstone, where we trim the table itself.
+# </details>
 #
 # The formula is one line a part. This is the library's code; the notebook imports it and has no copy of its own.
 
@@ -141,7 +147,8 @@ for length in (16, 128, 512):
 for length in (16, 128, 512):
     layer = block_macs(config, length)
     total = sum(layer.values())
-    print(f"{length:3} tokens: " + ", ".join(f"{part} {100 * macs / total:4.1f} %" for part, macs in layer.items()))
+    shares = ", ".join(f"{part} {100 * macs / total:4.1f} %" for part, macs in layer.items())
+    print(f"{length:3} tokens: {shares}")
 
 # %% [markdown]
 # At the length of a sentence, attention's famous $n^2$ part is a few per cent of the work. Two thirds are the
@@ -161,12 +168,16 @@ if (guess := reveal("start.crossing")) is not None:
     for length in sorted({128, 512, 768, 1536, int(guess)}):
         layer = block_macs(config, length)
         ratio = layer["attention scores and mixing"] / layer["feed-forward"]
-        print(f"{length:5} tokens: scores and mixing / feed-forward = {ratio:.2f}" + "   <- your guess" * (length == guess))
+        note = "   <- your guess" if length == guess else ""
+        print(f"{length:5} tokens: scores and mixing / feed-forward = {ratio:.2f}{note}")
 
 # %% [markdown]
+# <details><summary><b>After your guess: why there</b></summary>
+#
 # Set the two equal: $2n^2d = 2ndd_{ff}$, so $n = d_{ff}$. In most Transformers $d_{ff} = 4d$. **Scores and mixing
 # overtake the feed-forward at four times the width**, whatever the depth and the number of heads. The projections
 # belong to attention too; with them, attention as a whole overtakes at $n = 2d$.
+# </details>
 
 # %% tags=["nbval-check-output"]
 at = block_macs(config, config.d_ff)
@@ -176,8 +187,8 @@ print("attention as a whole equals the feed-forward at n = 2d:",
       at["attention projections"] + at["attention scores and mixing"] == at["feed-forward"])
 
 # %% [markdown]
-# MiniLM-L6 can read 512 tokens. Its crossing lies at 1,536, out of reach. Drag the length and watch it come. Then
-# choose a wider model: the crossing moves away.
+# MiniLM-L6 can read 512 tokens. Does the crossing lie within its reach? Drag the length and watch the ring come. Then
+# choose a wider model: where does the ring go, and why?
 
 # %%
 from effnlp_lessons.studies.cost_by_length import times_by_part
@@ -216,7 +227,8 @@ if (guess := reveal("start.clock")) is not None:
     print("tokens   scores and mixing   feed-forward   (milliseconds, your machine, one thread)")
     for index, length in enumerate(live["lengths"]):
         attention, feed_forward = (live["seconds"][part][index] for part in cost_by_length.PARTS[1:])
-        print(f"{length:6} {1e3 * attention:12.1f} {1e3 * feed_forward:18.1f}" + "   <- overtaken" * (attention > feed_forward))
+        note = "   <- overtaken" if attention > feed_forward else ""
+        print(f"{length:6} {1e3 * attention:12.1f} {1e3 * feed_forward:18.1f}{note}")
     print("Your guess:", guess)
 
 # %% tags=["reveal"]
@@ -224,24 +236,29 @@ from effnlp_lessons.widgets.page import lines
 
 if reveal("start.clock") is not None:
     lengths, series = recorded["runs"][0]["lengths"], cost_by_length.seconds_by_run(recorded)
-    crossings = cost_by_length.crossings(recorded)
+    where = {name: "{:,.0f} tokens ({:,.0f} to {:,.0f})".format(*lengths)
+             for name, lengths in cost_by_length.crossings(recorded).items()}
     lines(lengths, {part: [[1e3 * s for s in run] for run in runs] for part, runs in series.items()},
           x_label="length (tokens)", y_label="milliseconds per layer",
-          caption=f"One MiniLM layer, one thread, median of {len(recorded['runs'])} recorded runs, shaded from the smallest to the largest. "
-          f"Written out, attention overtakes the feed-forward at {crossings['written out'][0]:,.0f} tokens "
-          f"({crossings['written out'][1]:,.0f} to {crossings['written out'][2]:,.0f}), "
-          f"fused at {crossings['fused'][0]:,.0f} ({crossings['fused'][1]:,.0f} to {crossings['fused'][2]:,.0f}), "
-          f"in MACs at {config.d_ff:,}.")
+          caption=f"One MiniLM layer, one thread: median of {len(recorded['runs'])} recorded runs, shaded "
+          f"from the smallest to the largest. Scores and mixing overtake the feed-forward at "
+          f"{where['written out']} written out, at {where['fused']} fused, at {config.d_ff:,} in MACs.")
 
 # %% [markdown]
-# Earlier. The two parts do not do the same kind of work. The feed-forward multiplies large matrices and touches each
-# number many times. Attention makes a table of $n \times n$ scores for every head, writes it to memory, reads it back
-# for the mask, for the softmax, for the product with $V$. Multiplying is fast; *moving bytes* is slow.
+# <details><summary><b>After your guess: why</b></summary>
 #
-# The third curve is the proof: a **fused** kernel that does the same arithmetic and never stores the scores. It is
-# several times faster on long texts, at equal MACs. Notebook 11 builds it (FlashAttention).
+# Earlier. The two parts do not do the same kind of work. The feed-forward multiplies large matrices and touches each
+# number many times. Attention makes a table of $n \times n$ scores for every head, writes it to memory, and reads it
+# back for the softmax and for the product with $V$. Multiplying is fast; *moving bytes* is slow.
+#
+# The curve named *fused* is the proof: a kernel that does the same products and never stores the whole table. It is
+# several times faster on long texts, at equal MACs. Notebook 11 builds it (FlashAttention). Even fused, attention
+# overtakes before 1,536: the exponentials of the softmax take time, and count no MACs.
 #
 # The lesson for the course: *a MAC saved is not a second saved*. Each method must be timed.
+# </details>
+#
+# Go back to the widget and press *clock*: the same picture in seconds.
 
 # %% [markdown]
 # ## 6. Memory
@@ -281,7 +298,8 @@ print(f"weights of the layers {layers_bytes / 1e6:.0f} MB; scores of one layer a
 # latency, peak memory. None of them replaces another.
 #
 # * *On disk* is the size of a file that was really written.
-# * *MACs* and *peak memory* are exact, and the same on every machine.
+# * *MACs* are exact, and the same on every machine.
+# * *Peak memory* is what torch's allocator counted. It repeats, up to the kernels' own small buffers.
 # * *Latency* is a median with its quartiles, on your machine, today. Trust ratios from one run, not seconds.
 
 # %%
@@ -312,7 +330,8 @@ def slots(batches):
 generator = torch.Generator().manual_seed(0)
 random_order = bucketed_batches(lengths, 32, generator, pool=1)
 by_length = bucketed_batches(lengths, 32, generator)
-print(f"real tokens {sum(lengths) / 1e3:.0f} k; to the longest of all {max(lengths) * len(lengths) / 1e3:.0f} k")
+longest = max(lengths) * len(lengths)
+print(f"real tokens {sum(lengths) / 1e3:.0f} k; all padded to the longest {longest / 1e3:.0f} k")
 print(f"random batches use {slots(random_order) / sum(lengths):.2f} slots a token")
 print(f"batches of similar length use {slots(by_length) / sum(lengths):.2f}")
 
@@ -359,8 +378,8 @@ with torch.inference_mode():
         print(f"positive {100 * positive:5.1f} %   {text}")
 
 # %% [markdown]
-# The last one is wrong: the love story outweighs the cold. About one sentence in seven goes wrong like this. It is the
-# price list that every compressed model of this course is compared with.
+# The last one is wrong: the love story outweighs the cold. About one sentence in seven goes wrong. This teacher is what
+# every compressed model of the course is compared with.
 
 # %% [markdown]
 # ## 8. What attention does with your sentence
@@ -379,7 +398,8 @@ encoded = tokenizer.load_tokenizer().encode(sentence)
 with torch.inference_mode():
     scores = minilm(torch.tensor([encoded.ids]), return_scores=True).scores
 weights = torch.stack([masked_softmax(raw, None)[0] for raw in scores])  # (layers, heads, length, length)
-attention_maps(weights[layer], encoded.tokens, caption=f"The {config.heads} heads of layer {layer}: `{sentence}`")
+attention_maps(weights[layer], encoded.tokens,
+               caption=f"The {config.heads} heads of layer {layer}: `{sentence}`")
 
 # %% [markdown]
 # Most squares are nearly empty, and many have one dark column at the left. How much of all attention goes to the two
@@ -407,9 +427,9 @@ print("by layer:", ", ".join(f"{100 * share:.0f} %" for share in ends))
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.transformer import BERT_BASE
 
-macs = {part: count for part, count in transformer_macs(BERT_BASE, batch=1, length=128).items() if part != "pooler"}
+macs = BERT_BASE.layers * sum(block_macs(BERT_BASE, length=128).values())
 print(f"BERT-base: {sum(transformer_parameters(BERT_BASE).values()):,} parameters")
-print(f"BERT-base at 128 tokens: {sum(macs.values()) / 1e9:.2f} G MACs = {2 * sum(macs.values()) / 1e9:.2f} G FLOPs")
+print(f"BERT-base at 128 tokens: {macs / 1e9:.2f} G MACs = {2 * macs / 1e9:.2f} G FLOPs")
 
 # %% [markdown]
 # The printed FLOPs fit twice our MACs at 128 tokens, plus a little that we leave out (biases, softmax, norms). Before
@@ -467,22 +487,22 @@ print(f"BERT-base at 128 tokens: {sum(macs.values()) / 1e9:.2f} G MACs = {2 * su
 # **1. You halve the number of heads and keep the width. The MACs of attention**
 # <details><summary>halve</summary>No. Each head gets twice the channels: heads times channels per head stays d.</details>
 # <details><summary>stay the same</summary>Yes. Both parts of the formula, 4nd² and 2n²d, know only d.</details>
-# <details><summary>double</summary>No. Fewer, wider heads do the same products.</details>
+# <details><summary>double</summary>No. Fewer, wider heads do the same products.</details><br>
 #
 # **2. MiniLM-L6 reads sentences of 20 tokens. Which change saves most MACs?**
 # <details><summary>attention at no cost at all</summary>No. At this length scores and mixing are below one per cent.</details>
 # <details><summary>a feed-forward half as wide</summary>Yes. It is two thirds of the work, so a third is saved.</details>
-# <details><summary>half the vocabulary</summary>No. Look-ups cost no MACs. It saves bytes on disk.</details>
+# <details><summary>half the vocabulary</summary>No. Look-ups cost no MACs. It saves bytes on disk.</details><br>
 #
 # **3. A fused kernel gives the same numbers several times faster. It saves**
 # <details><summary>MACs</summary>No. The same products are computed.</details>
 # <details><summary>bytes moved</summary>Yes. The table of scores is never written to memory and read back.</details>
-# <details><summary>parameters</summary>No. Attention's n² part has none.</details>
+# <details><summary>parameters</summary>No. Attention's n² part has none.</details><br>
 #
 # **4. Ninety per cent of a layer's weights are set to zero. The file, stored as before, is**
 # <details><summary>a tenth</summary>No. A zero in float32 takes four bytes like any number.</details>
 # <details><summary>as large as before</summary>Yes. Size and time change only when the format or the shape does (05, 07).</details>
-# <details><summary>larger</summary>Not as stored here; but a sparse format with indices can be, at few zeros (05).</details>
+# <details><summary>larger</summary>Not as stored here; but a sparse format with indices can be, at few zeros (05).</details><br>
 #
 # **5. Model A gets 88.0 %, model B 87.6 % on the same 2,000 test sentences, one run each.**
 # <details><summary>A is better</summary>Not shown. The standard error of each is about 0.7 points.</details>
