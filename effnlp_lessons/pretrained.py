@@ -17,7 +17,8 @@ from torch import Tensor
 
 from effnlp_lessons import paths
 from effnlp_lessons.datasets import sources
-from effnlp_lessons.transformer import MINILM_L6, Encoder, MixerFactory, SentenceClassifier
+from effnlp_lessons.heads import SentenceClassifier
+from effnlp_lessons.transformer import MINILM_L6, Encoder, MixerFactory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,9 +84,7 @@ def apply_difference_(model: SentenceClassifier, file: Path) -> None:
         ValueError: if the file names a parameter that the model does not have.
     """
     if not file.exists():
-        raise FileNotFoundError(
-            f"{file.name} is missing: record it with `python -m effnlp_lessons.studies teacher`"
-        )
+        raise FileNotFoundError(f"{file.name} is missing: record it with `python -m effnlp_lessons.studies teacher`")
     stored, parameters = load_file(file), dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in stored.items():

@@ -120,9 +120,7 @@ def _save_checkpoint(
     write_atomically(path, lambda file: save_file(tensors, file, {"run": run, "done": str(done)}))
 
 
-def _load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str
-) -> tuple[int, History]:
+def _load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str) -> tuple[int, History]:
     try:
         file = safe_open(path, "pt")
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

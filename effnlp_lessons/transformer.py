@@ -12,7 +12,6 @@ attention method then needs no dropout argument. Nothing differs in evaluation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -21,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from effnlp_lessons.dense_attention import check_key_padding_mask, dense_attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -76,86 +77,7 @@ GPT2 = TransformerConfig(
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- attention
-
-
-def check_key_padding_mask(mask: Tensor | None, batch: int, length: int) -> None:
-    """Raise a ValueError unless `mask` is None or a bool tensor (batch, length), True = a real token."""
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask must be bool (True = a real token), got {mask.dtype}")
-    if tuple(mask.shape) != (batch, length):
-        raise ValueError(f"key_padding_mask must have shape ({batch}, {length}), got {tuple(mask.shape)}")
-
-
-def attention_scores(
-    q: Float[Tensor, "batch heads queries d_head"], k: Float[Tensor, "batch heads keys d_head"]
-) -> Float[Tensor, "batch heads queries keys"]:
-    """Raw scores before mask and softmax, q kᵀ / sqrt(d_head) (Vaswani et al. 2017, Eq. 1)."""
-    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-
-
-def masked_softmax(
-    scores: Float[Tensor, "batch heads queries keys"], allowed: Bool[Tensor, "*#broadcast"] | None
-) -> Float[Tensor, "batch heads queries keys"]:
-    """Softmax over the keys where `allowed` is True; a query with no allowed key gets all zeros, not NaN."""
-    if allowed is None:
-        return scores.softmax(dim=-1)
-    # the smallest finite number instead of -inf: a row without any key stays finite, backward too
-    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return weights.masked_fill(~allowed, 0.0)
-
-
-def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
-    """True where a query may attend: aligned bottom-right, so the last query sees every key."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-def dense_attention(
-    q: Float[Tensor, "batch heads queries d_head"],
-    k: Float[Tensor, "batch heads keys d_head"],
-    v: Float[Tensor, "batch heads keys d_head"],
-    key_padding_mask: Bool[Tensor, "batch keys"] | None = None,
-    *,
-    attention_mask: Bool[Tensor, "*#broadcast"] | None = None,
-    causal: bool = False,
-    return_scores: bool = False,
-) -> Any:
-    """Scaled dot-product attention, every pair computed: softmax(q kᵀ / sqrt(d_head)) v (Eq. 1).
-
-    Args:
-        key_padding_mask: True = a real token; padded keys are never attended to.
-        attention_mask: True where a query may attend, broadcastable to (batch, heads, queries, keys).
-        causal: hide the future, aligned bottom-right when there are more keys than queries.
-        return_scores: also return the raw scores, before any mask.
-
-    Returns:
-        (batch, heads, queries, d_head), or a pair (that, raw scores). A query that may attend to
-        nothing gets zeros.
-
-    Raises:
-        ValueError: shapes that do not fit, or a mask that is not bool.
-    """
-    if not (q.ndim == k.ndim == v.ndim == 4):
-        raise ValueError(
-            f"q, k, v must be (batch, heads, length, d_head), got {q.ndim}, {k.ndim}, {v.ndim} dims"
-        )
-    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-    check_key_padding_mask(key_padding_mask, batch, keys)
-    allowed = causal_mask(queries, keys, q.device) if causal else None
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool:
-            raise ValueError(f"attention_mask must be bool (True = may attend), got {attention_mask.dtype}")
-        allowed = attention_mask if allowed is None else allowed & attention_mask
-    if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None, :]
-        allowed = padding if allowed is None else allowed & padding
-    scores = attention_scores(q, k)
-    output = masked_softmax(scores, allowed) @ v
-    return (output, scores) if return_scores else output
+# ------------------------------------------------------------------------------------- the default mixers
 
 
 class SelfAttention(nn.Module):
@@ -176,9 +98,7 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.d_model, config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)
 
-    def split_heads(
-        self, x: Float[Tensor, "batch length d_model"]
-    ) -> Float[Tensor, "batch heads length d_head"]:
+    def split_heads(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length d_head"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
@@ -202,9 +122,7 @@ class SelfAttention(nn.Module):
             mixed, scores, state = self.attention(q, k, v, key_padding_mask), None, None
         else:
             if state is not None and not self.causal:
-                raise ValueError(
-                    "state needs causal attention: a bidirectional encoder reads all tokens at once"
-                )
+                raise ValueError("state needs causal attention: a bidirectional encoder reads all tokens at once")
             if state is not None:
                 k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
             mixed, scores = dense_attention(q, k, v, key_padding_mask, causal=self.causal, return_scores=True)
@@ -286,12 +204,8 @@ class Embeddings(nn.Module):
             raise ValueError(f"token_ids must be integers of shape (batch, length), got {got}")
         end = first_position + token_ids.shape[1]
         if end > self.config.max_length:
-            raise ValueError(
-                f"{end} tokens are more than the max_length of {self.config.max_length} positions"
-            )
-        x = self.tokens(token_ids) + self.positions(
-            torch.arange(first_position, end, device=token_ids.device)
-        )
+            raise ValueError(f"{end} tokens are more than the max_length of {self.config.max_length} positions")
+        x = self.tokens(token_ids) + self.positions(torch.arange(first_position, end, device=token_ids.device))
         if self.segments is not None:
             x = x + self.segments(torch.zeros_like(token_ids) if segment_ids is None else segment_ids)
         elif segment_ids is not None:
@@ -352,9 +266,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.blocks = _make_blocks(config, False, attention, token_mixer, channel_mixer)
-        self.last_norm = (
-            nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm_first else nn.Identity()
-        )
+        self.last_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm_first else nn.Identity()
         self.pooler = nn.Linear(config.d_model, config.d_model) if config.pooler else None
         initialise_(self, torch.Generator().manual_seed(seed))
 
@@ -414,9 +326,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.blocks = _make_blocks(config, True, attention, token_mixer, channel_mixer)
-        self.last_norm = (
-            nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm_first else nn.Identity()
-        )
+        self.last_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.norm_first else nn.Identity()
         initialise_(self, torch.Generator().manual_seed(seed))
 
     def forward(
@@ -434,60 +344,3 @@ class Decoder(nn.Module):
             new_states.append(layer_state)
         logits = F.linear(self.last_norm(x), self.embeddings.tokens.weight)
         return DecoderOutput(logits, DecoderState(state.position + token_ids.shape[1], tuple(new_states)))
-
-
-class MaskedLanguageModel(nn.Module):
-    """An encoder with BERT's masked-word head: transform, norm, the tied token table, one bias a word."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        config = encoder.config
-        self.encoder = encoder
-        self.transform = nn.Linear(config.d_model, config.d_model)
-        self.activation = ACTIVATIONS[config.activation]
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(
-        self,
-        token_ids: Int[Tensor, "batch length"],
-        key_padding_mask: Bool[Tensor, "batch length"] | None = None,
-    ) -> Float[Tensor, "batch length vocab"]:
-        x = self.norm(self.activation(self.transform(self.encoder(token_ids, key_padding_mask).last)))
-        return F.linear(x, self.encoder.embeddings.tokens.weight, self.bias)
-
-
-class SentenceClassifier(nn.Module):
-    """An encoder with a linear head on the pooled first token (BERT's way of classifying a sentence)."""
-
-    def __init__(self, encoder: Encoder, classes: int, seed: int = 0) -> None:
-        super().__init__()
-        if encoder.pooler is None:
-            raise ValueError("encoder must have a pooler: build it with TransformerConfig(pooler=True)")
-        self.encoder = encoder
-        self.dropout = nn.Dropout(encoder.config.dropout)
-        self.head = nn.Linear(encoder.config.d_model, classes)
-        initialise_(self.head, torch.Generator().manual_seed(seed))
-
-    def forward(
-        self,
-        token_ids: Int[Tensor, "batch length"],
-        key_padding_mask: Bool[Tensor, "batch length"] | None = None,
-    ) -> Float[Tensor, "batch classes"]:
-        return self.head(self.dropout(self.encoder(token_ids, key_padding_mask).pooled))
-
-
-def mean_pool(
-    hidden: Float[Tensor, "batch length d_model"], key_padding_mask: Bool[Tensor, "batch length"]
-) -> Float[Tensor, "batch d_model"]:
-    """Mean over the real tokens; zeros for a row that is all padding."""
-    check_key_padding_mask(key_padding_mask, *hidden.shape[:2])
-    weights = key_padding_mask.to(hidden.dtype)[..., None]
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def sentence_vectors(
-    encoder: Encoder, token_ids: Int[Tensor, "batch length"], key_padding_mask: Bool[Tensor, "batch length"]
-) -> Float[Tensor, "batch d_model"]:
-    """Unit-length sentence vectors, the mean of the last layer over real tokens (Reimers and Gurevych 2019)."""
-    return F.normalize(mean_pool(encoder(token_ids, key_padding_mask).last, key_padding_mask), dim=-1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effnlp_lessons import measure
+from effnlp_lessons.heads import SentenceClassifier
 from effnlp_lessons.measure import (
     UncountedOperation,
     block_macs,
@@ -20,7 +21,7 @@ from effnlp_lessons.measure import (
     transformer_macs,
     transformer_parameters,
 )
-from effnlp_lessons.transformer import Decoder, Encoder, SentenceClassifier, TransformerConfig
+from effnlp_lessons.transformer import Decoder, Encoder, TransformerConfig
 
 CONFIGS = {
     "one head": TransformerConfig(100, 64, d_model=8, layers=1, heads=1, d_ff=32),

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from effnlp_lessons.heads import SentenceClassifier
 from effnlp_lessons.pretrained import apply_difference_, load_minilm
-from effnlp_lessons.transformer import Encoder, SentenceClassifier, TransformerConfig
+from effnlp_lessons.transformer import Encoder, TransformerConfig
 
 SMALL = TransformerConfig(vocab_size=40, max_length=16, d_model=16, layers=2, heads=2, d_ff=24)
 

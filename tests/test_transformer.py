@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from effnlp_lessons.datasets import reviews, sources, tokenizer
+from effnlp_lessons.dense_attention import attention_scores, causal_mask, dense_attention
+from effnlp_lessons.heads import MaskedLanguageModel, SentenceClassifier, mean_pool, sentence_vectors
 from effnlp_lessons.measure import count_parameters, transformer_parameters
 from effnlp_lessons.pretrained import load_minilm, rename_bert_state
 from effnlp_lessons.transformer import (
@@ -29,15 +31,8 @@ from effnlp_lessons.transformer import (
     MINILM_L6,
     Decoder,
     Encoder,
-    MaskedLanguageModel,
     SelfAttention,
-    SentenceClassifier,
     TransformerConfig,
-    attention_scores,
-    causal_mask,
-    dense_attention,
-    mean_pool,
-    sentence_vectors,
 )
 
 SMALL = TransformerConfig(vocab_size=50, max_length=24, d_model=16, layers=2, heads=4, d_ff=40, dropout=0.3)

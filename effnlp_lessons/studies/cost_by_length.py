@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from effnlp_lessons.dense_attention import dense_attention
 from effnlp_lessons.measure import crossing, latencies, peak_memory
 from effnlp_lessons.studies.runner import Outcome, Study
-from effnlp_lessons.transformer import MINILM_L6, FeedForward, SelfAttention, dense_attention
+from effnlp_lessons.transformer import MINILM_L6, FeedForward, SelfAttention
 
 PARTS = ("attention projections", "attention scores and mixing", "feed-forward")
 FUSED = "scores and mixing, fused"
@@ -36,14 +37,11 @@ def run(setting: dict[str, Any], seed: int) -> Outcome:
         x = torch.randn(1, length, config.d_model, generator=generator)
         with torch.no_grad():
             q, k, v = (
-                attention.split_heads(project(x))
-                for project in (attention.query, attention.key, attention.value)
+                attention.split_heads(project(x)) for project in (attention.query, attention.key, attention.value)
             )
 
         def projections(x=x) -> list:
-            return [
-                project(x) for project in (attention.query, attention.key, attention.value, attention.output)
-            ]
+            return [project(x) for project in (attention.query, attention.key, attention.value, attention.output)]
 
         calls = {
             PARTS[0]: projections,

@@ -150,9 +150,7 @@ def record(
     settings = study.full if full else study.recorded
     seeds = study.seeds if seeds is None else seeds
     if not settings or not seeds:
-        raise ValueError(
-            f"study {study.name} has no {'full' if full else 'recorded'} settings or no seeds to run"
-        )
+        raise ValueError(f"study {study.name} has no {'full' if full else 'recorded'} settings or no seeds to run")
     results, artefacts = (paths.results_dir(), paths.checkpoints_dir()) if out is None else (out, out)
     name = f"{study.name}-full" if full else study.name
     folder = results / "runs" / name
@@ -189,15 +187,12 @@ def record(
         },
         "seconds": round(sum(run.seconds for run in runs), 1),
         "runs": [
-            {"setting": r.setting, "seed": r.seed, "seconds": round(r.seconds, 1)} | r.outcome.numbers
-            for r in runs
+            {"setting": r.setting, "seed": r.seed, "seconds": round(r.seconds, 1)} | r.outcome.numbers for r in runs
         ],
     }
     if study.finish is not None:
         summary |= study.finish(runs, artefacts)
-    write_atomically(
-        results / f"{name}.json", lambda file: file.write_text(json.dumps(summary, indent=1) + "\n")
-    )
+    write_atomically(results / f"{name}.json", lambda file: file.write_text(json.dumps(summary, indent=1) + "\n"))
     for path in folder.iterdir():  # the summary holds every run now; recording again starts afresh
         path.unlink()
     folder.rmdir()

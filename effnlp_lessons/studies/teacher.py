@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from effnlp_lessons.classification import ReviewExamples, accuracy, logits_of
 from effnlp_lessons.datasets import reviews, tokenizer
+from effnlp_lessons.heads import SentenceClassifier
 from effnlp_lessons.pretrained import apply_difference_, load_minilm
 from effnlp_lessons.studies.runner import Outcome, Run, Study
 from effnlp_lessons.training import TrainingPlan, train, write_atomically
-from effnlp_lessons.transformer import SentenceClassifier
 
 
 class LowRankLinear(nn.Module):
@@ -107,9 +107,7 @@ def finish(runs: list[Run], artefacts: Path) -> dict[str, Any]:
     content = save({"logits": logits.half()})
     write_atomically(artefacts / "teacher_logits.safetensors", lambda path: path.write_bytes(content))
     right = logits.argmax(-1).numpy() == data.label
-    shipped = {
-        f"{split} accuracy": 100 * float(right[data.split == split].mean()) for split in ("dev", "test")
-    }
+    shipped = {f"{split} accuracy": 100 * float(right[data.split == split].mean()) for split in ("dev", "test")}
     return {"shipped": {"setting": best.setting, "seed": best.seed, "bytes": file.stat().st_size} | shipped}
 
 
@@ -119,9 +117,7 @@ STUDY = Study(
     run=run,
     recorded=({"rank": 8, "epochs": 3, "learning_rate": 1e-3},),
     full=tuple(
-        {"rank": rank, "epochs": 3, "learning_rate": rate}
-        for rank in (4, 8, 16)
-        for rate in (5e-4, 1e-3, 2e-3)
+        {"rank": rank, "epochs": 3, "learning_rate": rate} for rank in (4, 8, 16) for rate in (5e-4, 1e-3, 2e-3)
     ),
     seeds=(0, 1, 2, 3),
     minutes=20,

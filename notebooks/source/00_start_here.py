@@ -56,8 +56,8 @@ print(sources.citations())
 
 # %%
 from effnlp_lessons.datasets import reviews, tokenizer
+from effnlp_lessons.heads import sentence_vectors
 from effnlp_lessons.pretrained import load_minilm
-from effnlp_lessons.transformer import sentence_vectors
 
 minilm = load_minilm()
 data = reviews.load_reviews()
@@ -270,8 +270,8 @@ from functools import partial
 
 from torch.nn.functional import scaled_dot_product_attention
 
+from effnlp_lessons.dense_attention import attention_scores, dense_attention
 from effnlp_lessons.measure import peak_memory
-from effnlp_lessons.transformer import attention_scores, dense_attention
 
 print("tokens   one layer's scores   peak, written out   peak, fused   (MB)")
 for length in (128, 512, 1024):
@@ -388,7 +388,7 @@ with torch.inference_mode():
 # square is a head: rows are the tokens that look, columns the tokens they look at.
 
 # %%
-from effnlp_lessons.transformer import masked_softmax
+from effnlp_lessons.dense_attention import masked_softmax
 from effnlp_lessons.widgets.page import attention_maps
 
 sentence = "The plot is thin, but the actors make it work."

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from effnlp_lessons.classification import ReviewExamples, accuracy, logits_of
 from effnlp_lessons.datasets import reviews, tokenizer
+from effnlp_lessons.heads import SentenceClassifier
 from effnlp_lessons.pretrained import (
     apply_difference_,
     load_teacher,
@@ -14,7 +15,7 @@ from effnlp_lessons.pretrained import (
 )
 from effnlp_lessons.studies.runner import load_results
 from effnlp_lessons.studies.teacher import add_low_rank_, difference
-from effnlp_lessons.transformer import Encoder, SentenceClassifier, TransformerConfig
+from effnlp_lessons.transformer import Encoder, TransformerConfig
 
 
 @pytest.fixture(scope="module")
