@@ -38,7 +38,7 @@ def masked_softmax(
     """Softmax over the keys where `allowed` is True; a query with no allowed key gets all zeros, not NaN."""
     if allowed is None:
         return scores.softmax(dim=-1)
-    # the smallest finite number instead of -inf: a row without any key stays finite, backward too
+    # the smallest finite number instead of -inf: a row without any key makes no NaN, not even in between
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return weights.masked_fill(~allowed, 0.0)
 

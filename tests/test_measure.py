@@ -163,6 +163,12 @@ def test_latencies_tell_slow_from_fast_and_take_turns():
         latencies(calls, runs=1)
 
 
+def test_warm_up_calls_are_not_measured():
+    durations = iter([0.03, 0.03] + [0.001] * 5)
+    timing = latencies({"call": lambda: time.sleep(next(durations))}, runs=5, warmup=2)["call"]
+    assert timing.low >= 0.001 and timing.high < 0.03
+
+
 def test_crossing_finds_where_one_curve_passes_another_for_good():
     lengths = [32, 100, 300, 1_000, 5_000]
     first, second = [2 * n**2 * 3 for n in lengths], [2 * n * 3 * 700 for n in lengths]

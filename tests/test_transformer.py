@@ -256,14 +256,17 @@ def test_attention_mask_is_the_definition():
     torch.testing.assert_close(dense_attention(q, k, v, attention_mask=mask, causal=True), expected)
 
 
-def test_query_without_keys_gets_zeros_and_finite_gradients():
+def test_query_without_keys_gets_zeros_and_finite_derivatives():
+    """Also the second derivatives, which the lectures on Hessians take."""
     ids, mask = padded_batch([5, 5], vocab=50)
     mask[1] = False
-    encoder = Encoder(SMALL, seed=2)
+    encoder = Encoder(SMALL, seed=2).eval()
     output = encoder(ids, mask)
-    output.last.square().sum().backward()
-    assert torch.isfinite(output.last).all()
-    assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
+    query = encoder.blocks[0].token_mixer.query.weight
+    (first,) = torch.autograd.grad(output.last.square().sum(), query, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), query)
+    assert torch.isfinite(output.last).all() and torch.isfinite(first).all() and torch.isfinite(second).all()
+    assert second.abs().sum() > 0
     assert torch.equal(mean_pool(output.last, mask)[1], torch.zeros(16))
 
 
@@ -390,6 +393,13 @@ def test_classifier_and_decoder_parameter_counts():
 def test_seed_decides_the_weights_and_leaves_the_callers_generator_alone():
     weights = [Encoder(SMALL, seed=s).blocks[0].token_mixer.query.weight for s in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_initial_weights_are_small_and_biases_zero():
+    encoder = Encoder(TransformerConfig(vocab_size=500, layers=1), seed=0)
+    linear = encoder.blocks[0].channel_mixer.expand
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02) and not linear.bias.any()
+    assert encoder.embeddings.tokens.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 @pytest.mark.parametrize(
