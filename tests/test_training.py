@@ -108,6 +108,40 @@ def test_only_what_requires_a_gradient_is_trained():
     assert torch.equal(model[0].weight, frozen) and not torch.equal(model[3].weight, head)
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    points, orders = Points(), []
+
+    class Watched:
+        lengths = points.lengths
+
+        def batch(self, indices):
+            orders.append(tuple(indices))
+            return points.batch(indices)
+
+    train(make_model(), Watched(), loss, PLAN, progress=False)
+    epochs = [orders[start : start + 15] for start in (0, 15, 30)]
+    assert len(orders) == 45 and all(sorted(i for b in epoch for i in b) == list(range(60)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_clipping_bounds_the_gradient():
+    free, clipped = make_model(), make_model()
+    train(free, Points(), loss, replace(PLAN, clip=0), progress=False)
+    train(clipped, Points(), loss, replace(PLAN, clip=1e-12, weight_decay=0), progress=False)
+    start = weights(make_model())
+    assert (weights(clipped) - start).abs().max() < 0.01 < (weights(free) - start).abs().max()
+
+
+def test_weights_decay_and_biases_do_not():
+    model, start = make_model(), make_model()
+    plan = replace(PLAN, weight_decay=0.5)
+    train(model, Points(), lambda m, b: 0 * loss(m, b), plan, progress=False)  # no gradient: decay alone acts
+    assert torch.equal(model[0].bias, start[0].bias)
+    ratio = model[0].weight / start[0].weight
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+    assert ratio.mean() < 0.9
+
+
 class Stop(Exception):
     pass
 
