@@ -65,8 +65,15 @@ def test_summary_keeps_every_run(tmp_path):
     assert [run["sum"] for run in summary["runs"]] == expected
     assert summary["bytes"] == [12, 12, 20, 20] and float((tmp_path / "largest.txt").read_text()) == max(expected)
     assert {"command", "versions", "seconds", "machine"} <= set(summary)
-    assert all(run["threads"] == 1 for run in summary["runs"])
     assert not (tmp_path / "runs" / "draw").exists()  # the summary holds them now
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_gets_the_threads_of_its_study(tmp_path, threads):
+    before = torch.get_num_threads()
+    summary = record(make_study(tmp_path, threads=threads), out=tmp_path, jobs=1)
+    assert {run["threads"] for run in summary["runs"]} == {threads}
+    assert torch.get_num_threads() == before
 
 
 def test_interrupted_study_runs_only_what_is_missing(tmp_path):
