@@ -78,7 +78,7 @@ def picture() -> bytes:
     """README's picture, PNG: the cost explorer of notebook 00 as it opens."""
     from effnlp_lessons.widgets.cost_explorer import CostExplorer
 
-    return CostExplorer(length=512).image.value
+    return CostExplorer(length=512, model="BERT-base").image.value
 
 
 if __name__ == "__main__":

@@ -25,6 +25,15 @@ def check_key_padding_mask(mask: Tensor | None, batch: int, length: int) -> None
         raise ValueError(f"key_padding_mask must have shape ({batch}, {length}), got {tuple(mask.shape)}")
 
 
+def check_attention_mask(mask: Tensor, scores_shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless `mask` is bool and broadcasts to (batch, heads, queries, keys)."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask must be bool (True = may attend), got {mask.dtype}")
+    trailing = zip(reversed(mask.shape), reversed(scores_shape), strict=False)
+    if mask.ndim > len(scores_shape) or any(given not in (1, wanted) for given, wanted in trailing):
+        raise ValueError(f"attention_mask must broadcast to {scores_shape}, got {tuple(mask.shape)}")
+
+
 def attention_scores(
     q: Float[Tensor, "batch heads queries d_head"], k: Float[Tensor, "batch heads keys d_head"]
 ) -> Float[Tensor, "batch heads queries keys"]:
@@ -35,9 +44,14 @@ def attention_scores(
 def masked_softmax(
     scores: Float[Tensor, "batch heads queries keys"], allowed: Bool[Tensor, "*#broadcast"] | None
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """Softmax over the keys where `allowed` is True; a query with no allowed key gets all zeros, not NaN."""
+    """Softmax over the keys where `allowed` is True; a query with no allowed key gets all zeros, not NaN.
+
+    Raises:
+        ValueError: `allowed` that is not bool, or does not broadcast to the shape of `scores`.
+    """
     if allowed is None:
         return scores.softmax(dim=-1)
+    check_attention_mask(allowed, tuple(scores.shape))
     # the smallest finite number instead of -inf: a row without any key makes no NaN, not even in between
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return weights.masked_fill(~allowed, 0.0)
@@ -81,8 +95,7 @@ def dense_attention(
     check_key_padding_mask(key_padding_mask, batch, keys)
     allowed = causal_mask(queries, keys, q.device) if causal else None
     if attention_mask is not None:
-        if attention_mask.dtype != torch.bool:
-            raise ValueError(f"attention_mask must be bool (True = may attend), got {attention_mask.dtype}")
+        check_attention_mask(attention_mask, (*q.shape[:3], keys))
         allowed = attention_mask if allowed is None else allowed & attention_mask
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]

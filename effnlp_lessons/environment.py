@@ -110,8 +110,9 @@ def torch_note() -> str:
     torch = sys.modules.get("torch")
     if torch is None:
         return ""
+    threads = torch.get_num_threads()
     device = f"CUDA ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "CPU"
-    return f", {torch.get_num_threads()} threads, {device}"
+    return f", {threads} thread{'s' if threads > 1 else ''}, {device}"
 
 
 def triton_finding() -> Finding:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from effnlp_lessons.datasets import reviews, sources, tokenizer
-from effnlp_lessons.dense_attention import attention_scores, causal_mask, dense_attention
+from effnlp_lessons.dense_attention import attention_scores, causal_mask, dense_attention, masked_softmax
 from effnlp_lessons.heads import MaskedLanguageModel, SentenceClassifier, mean_pool, sentence_vectors
 from effnlp_lessons.measure import count_parameters, transformer_parameters
 from effnlp_lessons.pretrained import load_minilm, rename_bert_state
@@ -445,6 +445,11 @@ def test_bad_attention_input_is_named():
         dense_attention(q, torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4))
     with pytest.raises(ValueError, match="attention_mask must be bool"):
         dense_attention(q, k, k, attention_mask=torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="attention_mask must be bool"):
+        masked_softmax(q, torch.zeros(3, 4))
+    for shape in ((3, 4), (2, 1, 3, 5), (1, 1, 2, 3, 5)):
+        with pytest.raises(ValueError, match=r"attention_mask must broadcast to \(1, 2, 3, 5\), got"):
+            dense_attention(q, k, k, attention_mask=torch.ones(shape, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be"):
         dense_attention(q[0], k[0], k[0])
     with pytest.raises(ValueError, match="not both"):

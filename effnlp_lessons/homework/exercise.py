@@ -132,7 +132,8 @@ class Prediction:
             return word if word in self.choices else None
         if isinstance(guess, bool) or not isinstance(guess, Real):
             return None
-        number = int(guess) if isinstance(guess, Integral) else float(guess)  # numpy's numbers, too
+        whole = isinstance(guess, Integral) or float(guess).is_integer()
+        number = int(guess) if whole else float(guess)  # numpy's numbers, too
         return number if self.low <= number <= self.high else None  # NaN is in no range
 
     def allowed(self) -> str:

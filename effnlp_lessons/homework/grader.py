@@ -9,6 +9,7 @@ differs from the reference and from every other mistake on at least one of them,
 import copy
 import inspect
 import linecache
+import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from effnlp_lessons.homework.lectures import find_exercise
 
 MAX_DRAWS = 200
 LINE = 90  # characters; longer inputs are printed one below the other
-NO_CAUSE = "none of the usual mistakes gives these answers. Try the smallest input by hand."
+NO_CAUSE = "none of the usual mistakes gives these answers. Work the input above out by hand."
 STUB_TEXTS = ("", "your code here")  # what a blank's NotImplementedError says
 
 _failed_checks: Counter[str] = Counter()  # by exercise id, in this kernel
@@ -66,7 +67,7 @@ def check(id: str, fn: Answer, explain: bool = False, seed: int | None = None) -
             cause = likely_cause(exercise, findings)
             if cause or failure.differs:
                 print(f"    likely cause  {cause or NO_CAUSE}")
-        else:
+        elif failure.differs:
             print("    The next failing check also names the likely cause.")
         print(f'    Same inputs again: check("{id}", ..., seed={seed}). A hint: hint("{id}").')
         raise HomeworkError(f"{id}: {failure.summary}")
@@ -285,4 +286,5 @@ def _constant_ratio(findings: list[Finding]) -> float | None:
     if not numbers or len(pairs) < len(findings):
         return None
     ratios = [had / wanted for wanted, had in pairs]
-    return ratios[0] if max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]) else None
+    constant = max(ratios) - min(ratios) <= 1e-9 * abs(ratios[0]) and not math.isclose(ratios[0], 1)
+    return ratios[0] if constant else None

@@ -70,21 +70,24 @@ def times_by_part(summary: dict[str, Any]) -> dict[str, tuple[list, list, list, 
 
 
 def crossings(summary: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Length (tokens) from which scores and mixing take longer than the feed-forward, written out and fused.
+    """Length (tokens) from which attention takes longer than the feed-forward.
 
-    Each is (where the medians cross, the smallest and the largest crossing of a single run).
+    "written out" and "fused" are scores and mixing alone; "whole" adds the projections to the written-out
+    ones. Each is (where the medians cross, the smallest and the largest crossing of a single run).
 
     Raises:
         ValueError: recorded curves that do not cross.
     """
     lengths, seconds, found = summary["runs"][0]["lengths"], seconds_by_run(summary), {}
-    for name, part in (("written out", PARTS[1]), ("fused", FUSED)):
-        pairs = list(zip(seconds[part], seconds["feed-forward"], strict=True))
-        medians = [[median(at) for at in zip(*runs, strict=True)] for runs in (seconds[part], seconds["feed-forward"])]
+    both = zip(seconds[PARTS[0]], seconds[PARTS[1]], strict=True)
+    whole = [[a + b for a, b in zip(*run, strict=True)] for run in both]
+    for name, attention in (("written out", seconds[PARTS[1]]), ("fused", seconds[FUSED]), ("whole", whole)):
+        pairs = list(zip(attention, seconds["feed-forward"], strict=True))
+        medians = [[median(at) for at in zip(*runs, strict=True)] for runs in (attention, seconds["feed-forward"])]
         runs = [crossing(lengths, *pair) for pair in pairs]
         middle = crossing(lengths, *medians)
         if middle is None or None in runs:
-            raise ValueError(f"the recorded curves of {part!r} and the feed-forward do not cross in every run")
+            raise ValueError(f"the recorded curves of {name!r} and the feed-forward do not cross in every run")
         found[name] = (middle, min(runs), max(runs))
     return found
 

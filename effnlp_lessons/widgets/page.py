@@ -88,7 +88,8 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
     with course_style():
         figure = new_figure(9.0, 2.3 * rows + 0.5)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        size = max(4, min(8, 110 // length))
+        shown = range(0, length, -(-length // 25))  # every token's name up to 25 tokens, then fewer
+        size = 8 if length <= 14 else 6
         figure.supxlabel("key (looked at)", fontsize=9)
         figure.supylabel("query (looks)", fontsize=9)
         for head, axes in enumerate(grid.flat):
@@ -98,8 +99,8 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
             axes.imshow(weights[head].numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axes.set_title(f"head {head}", fontsize=9)
             axes.grid(visible=False)
-            axes.set_xticks(range(length), tokens, rotation=90, fontsize=size)
-            axes.set_yticks(range(length), tokens, fontsize=size)
+            axes.set_xticks(shown, [tokens[i] for i in shown], rotation=90, fontsize=size)
+            axes.set_yticks(shown, [tokens[i] for i in shown], fontsize=size)
             axes.tick_params(length=0)
     shares, keys = weights.mean(1).max(-1)  # each head's favourite key, and its mean share over the queries
     favourites = ", ".join(

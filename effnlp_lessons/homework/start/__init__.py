@@ -31,7 +31,7 @@ PREDICTIONS = (
     ),
     Prediction(
         id="start.clock",
-        question="And on the clock: does that crossing come at an earlier or a later length?",
+        question="On the clock, does that crossing come earlier, at the same length, or later?",
         choices=("earlier", "later", "same"),
         recorded="same",
     ),

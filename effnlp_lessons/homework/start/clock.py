@@ -97,6 +97,12 @@ MACS_OR_CLOCK = Exercise(
             _exchange(time=lambda times, warm_up: min(times[warm_up:])),
         ),
         Mistake(
+            "The median of the speeds",
+            "You take the MACs per second of every run, then the median. The exercise asks for the MACs divided by "
+            "the median of the seconds; with an even number of runs the two differ.",
+            _exchange(time=lambda times, warm_up: 1 / statistics.median(1 / time for time in times[warm_up:])),
+        ),
+        Mistake(
             "Warm-up runs are kept",
             "The first `warm_up` runs load code and memory. Drop them: times[warm_up:].",
             _exchange(time=lambda times, warm_up: statistics.median(times)),

@@ -81,6 +81,17 @@ ENCODER_MACS = Exercise(
             lambda layers, d_model, d_ff, lengths: _batch_macs(layers, d_model, d_ff, 1, len(lengths) * max(lengths)),
         ),
         Mistake(
+            "The sentences are put one behind the other, without padding",
+            "Then every token attends to the other sentences, and nothing is padded. Count one padded sentence, "
+            "then multiply by the number of sentences.",
+            lambda layers, d_model, d_ff, lengths: _batch_macs(layers, d_model, d_ff, 1, sum(lengths)),
+        ),
+        Mistake(
+            "d_ff is taken to be 4 d_model",
+            "That holds for BERT and MiniLM. Use the argument d_ff.",
+            lambda layers, d_model, d_ff, lengths: encoder_macs(layers, d_model, 4 * d_model, lengths),
+        ),
+        Mistake(
             "Only one sentence is counted",
             "The count of one padded sentence is right. There are len(lengths) of them.",
             lambda layers, d_model, d_ff, lengths: _batch_macs(layers, d_model, d_ff, 1, max(lengths)),

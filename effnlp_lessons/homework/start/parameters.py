@@ -37,6 +37,7 @@ BLOCK_PARAMETERS = Exercise(
     difficulty=1,
     reference=block_parameters,
     properties=(
+        Property("a block to count by hand: d_model = 2, d_ff = 3", lambda generator: (2, 3), times=1),
         Property(
             "MiniLM's sizes: d_model = 384, d_ff = 1,536",
             lambda generator: (384, 1536),
@@ -55,6 +56,16 @@ BLOCK_PARAMETERS = Exercise(
         ),
     ),
     mistakes=(
+        Mistake(
+            "An encoder block is counted",
+            "A decoder block has a second attention, to the encoder's output, and a third norm.",
+            _decoder_block(attentions=1, norms=2),
+        ),
+        Mistake(
+            "The feed-forward is counted twice",
+            "Only the attention comes twice. The feed-forward is the same as in an encoder block.",
+            lambda d_model, d_ff: block_parameters(d_model, d_ff) + 2 * d_model * d_ff + d_ff + d_model,
+        ),
         Mistake(
             "Cross-attention is not counted",
             "This is an encoder block with one norm more. A decoder block attends twice: to itself and to "

@@ -14,7 +14,7 @@
 # # Homework 0: counting, and where counting misleads
 #
 # Five short exercises after the notebook *Start here*.
-# They go from easy to harder. Each stands alone, so you can skip one.
+# Each stands alone, so you can skip one.
 #
 # | exercise | minutes | difficulty | |
 # |---|---|---|---|
@@ -44,7 +44,7 @@ import statistics
 
 import torch
 
-from effnlp_lessons.homework import check, hint
+from effnlp_lessons.homework import check
 
 # %% [markdown]
 # ## Exercise 1. Parameters of a decoder block
@@ -81,10 +81,10 @@ def block_parameters(d_model: int, d_ff: int) -> int:
 check("start.block_parameters", block_parameters)
 
 # %% [markdown]
-# Stuck? Run the next cell. Each run gives one more hint.
+# Stuck? Remove the `#` and run the next cell. Each run gives one more hint.
 
 # %%
-hint("start.block_parameters")
+# hint("start.block_parameters")
 
 # %% [markdown]
 # ## Exercise 2. MACs of a padded batch
@@ -126,8 +126,8 @@ check("start.encoder_macs", encoder_macs)
 #
 # *15 minutes, difficulty 3 of 5, optional.*
 #
-# The lecture compared the feed-forward with scores and mixing. Now take **all** of attention:
-# the four projections, scores and mixing.
+# The lecture found n = 2d for **all** of attention (the four projections, scores and mixing),
+# where `d_ff = 4 * d_model` and the feed-forward has two matrices. Now for any sizes.
 #
 # Newer models have a *gated* feed-forward with three matrices of `d_model` x `d_ff` instead of two.
 # So the number of matrices is an argument.
@@ -200,7 +200,7 @@ check("start.mean_pool", mean_pool)
 #
 # Return two things:
 #
-# 1. a dictionary with the **MACs per second** of each part, from the median of its runs;
+# 1. a dictionary with the **MACs per second** of each part: its MACs divided by the median of its seconds;
 # 2. the name of the part whose **share of the time most exceeds its share of the MACs**
 #    (share of time minus share of MACs is largest).
 #
@@ -224,5 +224,17 @@ def macs_or_clock(
 check("start.macs_or_clock", macs_or_clock)
 
 # %% [markdown]
-# **Next.** Time the parts of MiniLM as the lecture does, and give your function those numbers.
-# Is the part it names the one you would have guessed?
+# **Next.** Give your function the lecture's recorded times, one layer of MiniLM at 512 tokens.
+# Is the part that it names the one you would have guessed? And at 2,048 tokens?
+#
+# ```python
+# from effnlp_lessons.measure import block_macs
+# from effnlp_lessons.studies.cost_by_length import PARTS, seconds_by_run
+# from effnlp_lessons.studies.runner import load_results
+# from effnlp_lessons.transformer import MINILM_L6
+#
+# recorded = load_results("cost_by_length")
+# place = recorded["runs"][0]["lengths"].index(512)
+# runs = {part: [run[place] for run in seconds_by_run(recorded)[part]] for part in PARTS}
+# macs_or_clock(block_macs(MINILM_L6, 512), runs, warm_up=0)
+# ```
