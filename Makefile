@@ -18,7 +18,7 @@ prepare: install
 	@$(BIN)/python -m effnlp_lessons prepare
 
 notebooks: prepare
-	$(BIN)/python notebooks/build.py build
+	$(BIN)/python notebooks/build.py build $(ARGS)
 
 # ARGS names the study: make studies ARGS=teacher
 studies: prepare

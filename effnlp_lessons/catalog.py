@@ -43,9 +43,15 @@ def load_catalog(file: Path = FILE) -> list[Row]:
     """Every row of the catalogue.
 
     Raises:
-        ValueError: a technique that lacks a field.
+        ValueError: a technique that lacks a field, or has one that is not known.
     """
-    return [Row(**row) for row in tomllib.loads(file.read_text(encoding="utf-8"))["row"]]
+    rows = []
+    for row in tomllib.loads(file.read_text(encoding="utf-8"))["row"]:
+        try:
+            rows.append(Row(**row))
+        except TypeError as error:
+            raise ValueError(f"{row.get('name')}: {error}") from None
+    return rows
 
 
 def coverage_table() -> str:

@@ -97,9 +97,12 @@ def apply_difference_(model: SentenceClassifier, file: Path) -> None:
                 parameters[target].copy_(tensor)
 
 
-def load_teacher() -> SentenceClassifier:
-    """The course's teacher: logits (batch, 2) for negative, positive; float32, in evaluation mode."""
-    model = SentenceClassifier(load_minilm(), classes=2)
+def load_teacher(*, attention: Callable[..., Tensor] | None = None) -> SentenceClassifier:
+    """The course's teacher: logits (batch, 2) for negative, positive; float32, in evaluation mode.
+
+    `attention` exchanges the attention method, as in `load_minilm`: it has no weights.
+    """
+    model = SentenceClassifier(load_minilm(attention=attention), classes=2)
     apply_difference_(model, teacher_path())
     return model.eval()
 

@@ -310,7 +310,7 @@ class DecoderOutput(NamedTuple):
 class Decoder(nn.Module):
     """A causal language model (GPT-2) from the encoder's parts; the output layer is the token table itself.
 
-    Takes the same exchange arguments as `Encoder`. A mixer that is put in must be causal on its own.
+    Takes the same exchange arguments as `Encoder`. A method or mixer that is put in must be causal on its own.
     """
 
     def __init__(
@@ -335,7 +335,13 @@ class Decoder(nn.Module):
         key_padding_mask: Bool[Tensor, "batch keys"] | None = None,
         state: DecoderState | None = None,
     ) -> DecoderOutput:
-        """Next-token logits (nats before softmax). Give back `state` to go on where the last call stopped."""
+        """Next-token logits (nats before softmax). Give back `state` to go on where the last call stopped.
+
+        Raises:
+            ValueError: a state from a token mixer that keeps none, and what `Encoder.forward` raises.
+        """
+        if state is not None and state.position > 0 and None in state.layers:
+            raise ValueError("this decoder's token mixer keeps no state: give all tokens at once, without state")
         state = state or DecoderState(0, (None,) * self.config.layers)
         x = self.embeddings(token_ids, None, state.position)
         new_states = []

@@ -5,7 +5,8 @@
 
 `source/NAME.py` (py:percent) becomes `NAME.ipynb`, executed. `source/homework/NAME.py` becomes
 `homework/NAME.ipynb`, unsolved and not run, and `homework/solutions/NAME.ipynb`, solved and executed.
-A built notebook keeps a hash of its text; text that has not changed is not run again without --force.
+A built notebook keeps a hash of its text and of the recorded studies that it loads; what has not changed is
+not run again without --force.
 
 What the text may say:
     tag `reveal`              the outputs are empty in the file; the student runs the cell after a guess
@@ -47,6 +48,7 @@ SOLUTION = re.compile(
 MARKER = re.compile(r"### (?:BEGIN|END) (?:SOLUTION|STARTER)")
 STUB = 'raise NotImplementedError("your code here")\n'
 CHECK_CALL = re.compile(r"""\bcheck\(\s*["']([\w.]+)["']""")
+LOADED_STUDY = re.compile(r"""\bload_results\(\s*["'](\w+)["']""")
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PROGRESS_BAR = re.compile(r"\d+%\|")
@@ -89,9 +91,13 @@ def targets(source: Path, folder: Path) -> list[Target]:
 
 
 def source_hash(text: NotebookNode) -> str:
-    """A hash of what the text says: cells, their type and their metadata."""
+    """A hash of what the text says, cells with type and metadata, and of the recorded studies that it loads."""
     cells = [(cell.cell_type, cell.source, cell.metadata) for cell in text.cells]
-    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(cells, sort_keys=True).encode())
+    for name in sorted({name for cell in text.cells for name in LOADED_STUDY.findall(cell.source)}):
+        file = HERE.parent / "data" / "results" / f"{name}.json"
+        digest.update(file.read_bytes() if file.exists() else b"not recorded")
+    return digest.hexdigest()[:16]
 
 
 def _unsolved(text: NotebookNode) -> NotebookNode:
@@ -209,8 +215,10 @@ def _start(cell: NotebookNode) -> str:
 # ----------------------------------------------------------------------------- running
 
 
-def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False) -> None:
+def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False, guesses: str = "recorded") -> None:
     """Run the notebook in `folder` with this Python, on one thread; its outputs are stored in place.
+
+    With `guesses=""` nobody has guessed: the student who runs all cells at once.
 
     Raises:
         nbclient.exceptions.CellExecutionError: at the first cell that fails, unless errors are allowed.
@@ -229,7 +237,7 @@ def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False) ->
         resources={"metadata": {"path": str(folder)}},
     )
     with tempfile.TemporaryDirectory() as own:
-        environment = {**os.environ, "EFFNLP_GUESSES": "recorded", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "EFFNLP_GUESSES": guesses, "OMP_NUM_THREADS": "1"}
         client.execute(env=environment | {"IPYTHONDIR": own, "EFFNLP_HOME": own}, cleanup_kc=True)
 
 

@@ -53,6 +53,8 @@ def test_exercises_and_study_exist(row):
 def test_tests_are_collected():
     named = {test for row in ROWS for test in row.tests}
     files = sorted({test.split("::")[0] for test in named})
+    absent = [file for file in files if not (ROOT / file).exists()]
+    assert not absent, f"the catalogue names files that are not there: {absent}"
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:nbval", *files]
     listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     collected = {line.split("[")[0] for line in listed.splitlines() if "::" in line}
@@ -63,9 +65,17 @@ def test_every_exercise_and_study_is_in_the_catalogue():
     from effnlp_lessons.homework import lectures
 
     exercises = {exercise for row in ROWS for exercise in row.exercise or []}
-    assert {row.study for row in ROWS if row.study} == set(find_studies())
+    lacking = sorted(set(find_studies()) - {row.study for row in ROWS if row.study})
+    assert not lacking, f"studies not in the catalogue: {lacking}"
     listed = set(lectures.all_exercises())
     assert exercises <= listed and listed <= exercises, f"not in the catalogue: {sorted(listed - exercises)}"
+
+
+def test_readme_lists_every_built_notebook():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        row = next((line for line in lines if f"[{path.stem}](notebooks/{path.name})" in line), "")
+        assert row and "planned" not in row, f"add {path.stem} to README's table of lectures"
 
 
 def test_readme_has_the_present_table():
@@ -84,6 +94,9 @@ def test_technique_without_its_exercise_is_refused(tmp_path):
     file = tmp_path / "catalog.toml"
     file.write_text(re.sub(r"^exercise = .*\n", "", good, flags=re.M), encoding="utf-8")
     with pytest.raises(ValueError, match="a technique needs exercise too"):
+        catalog.load_catalog(file)
+    file.write_text(good.replace("study =", "studdy =", 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="Cost of a Transformer by part and length:.*studdy"):
         catalog.load_catalog(file)
     with pytest.raises(ValueError, match="must hold <!-- coverage: begin -->"):
         catalog.with_coverage("no markers")

@@ -63,6 +63,12 @@ def test_the_ground_floor_is_light_and_quick():
     assert sum(seconds for seconds, _ in costs.values()) < 0.5, costs
 
 
+def test_every_folder_of_modules_is_a_package():
+    folders = {file.parent for file in (ROOT / "effnlp_lessons").rglob("*.py")}
+    lacking = sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists())
+    assert not lacking, f"without __init__.py import-linter does not see them: add it in {lacking}"
+
+
 def test_every_wing_that_exists_is_light_and_quick():
     for wing in WINGS:
         names = [name for name in modules(wing) if name.replace(".", "/") + ".py" not in TRITON_FILES]

@@ -437,6 +437,14 @@ def test_bad_encoder_input_is_named(ids, mask, message):
         Encoder(SMALL)(ids, mask)
 
 
+def test_decoder_refuses_the_state_of_a_method_that_keeps_none():
+    decoder = Decoder(SMALL_DECODER, attention=lambda q, k, v, mask: v)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    state = decoder(ids).state
+    with pytest.raises(ValueError, match="keeps no state: give all tokens at once"):
+        decoder(ids, state=state)
+
+
 def test_bad_attention_input_is_named():
     q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="do not fit together"):

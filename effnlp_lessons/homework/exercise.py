@@ -1,6 +1,6 @@
 """What a lecture's homework is made of: exercises with properties and mistakes, and predictions.
 
-A module of exercises (`start.py` is the first) builds `Exercise` and `Prediction` objects and lists them as
+A lecture's exercises (`start/` are the first) builds `Exercise` and `Prediction` objects and lists them as
 `EXERCISES` and `PREDICTIONS`. Nothing here draws, grades or stores; `grader.py` and `predictions.py` do.
 """
 

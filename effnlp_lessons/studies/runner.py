@@ -41,10 +41,11 @@ class Study:
     """An experiment that can be recorded.
 
     `run(setting, seed)` does one run and depends on nothing else; it must be importable, since other
-    processes call it. `recorded` are the settings whose results are in `data/results`, `full` those of
-    `--full`. `finish(runs, artefacts)` may write files for the course from all runs, and returns what to
-    add to the summary. `minutes` is the measured time of the recorded setting on two cores. A study that
-    takes times is `timed`: its runs come one after another.
+    processes call it. What shares a costly preparation goes as a list into one setting, what is trained
+    separately into settings of its own. `recorded` are the settings whose results are in `data/results`,
+    `full` those of `--full`. `finish(runs, artefacts)` may write files for the course from all runs, and
+    returns what to add to the summary. `minutes` is the time that recording takes on two idle cores. A study
+    that takes times is `timed`: its runs come one after another.
     """
 
     name: str

@@ -46,6 +46,9 @@ class Explorer(ipywidgets.VBox):
     - `describe(numbers)`: the alt text;
     - `summary(numbers)`: the line below the picture, plain text.
 
+    `__init__` draws at once: set your own attributes before `super().__init__(controls)`. Fix the limits of
+    the axes in `draw_static`, since artists that move are drawn over what stays.
+
     It may set `size` (inches, 100 dots each), `scene` (names of the controls that change what stays, so
     that the picture is drawn anew), and define `idle(numbers)`, the names of the controls that change
     nothing at the moment: they are greyed out. Sliders and toggle buttons work by keyboard; on a closed

@@ -110,6 +110,20 @@ def everything(folder):
 # ----------------------------------------------------------------------------- what is written
 
 
+def test_a_new_recording_of_a_study_is_drift(tmp_path, monkeypatch):
+    """The text is the same, the numbers that it loads are not."""
+    monkeypatch.setattr(builder, "HERE", tmp_path / "notebooks")
+    results = tmp_path / "data" / "results"
+    results.mkdir(parents=True)
+    text = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('shown = load_results("trial")["runs"]')])
+    hashes = [builder.source_hash(text)]
+    for content in ("1", "2"):
+        (results / "trial.json").write_text(content)
+        hashes.append(builder.source_hash(text))
+    (results / "another.json").write_text("3")
+    assert len(set(hashes)) == 3 and builder.source_hash(text) == hashes[-1]
+
+
 def test_a_lecture_is_executed_beside_its_file_with_recorded_guesses(built):
     first = code(read(built / "lecture.ipynb"))[0]
     assert [output.text for output in first.outputs] == ["recorded 1 notebooks\nsecond line\n"]

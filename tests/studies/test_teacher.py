@@ -41,6 +41,13 @@ def test_shipped_teacher_meets_its_bar():
     assert shipped["bytes"] == teacher_path().stat().st_size < 5_000_000
 
 
+def test_the_teacher_takes_another_attention_method():
+    calls = []
+    ids = torch.ones(1, 4, dtype=torch.long)
+    load_teacher(attention=lambda q, k, v, mask: calls.append(q.shape) or v)(ids)
+    assert calls == [(1, 12, 4, 32)] * 6
+
+
 def test_cached_logits_are_the_teachers(teacher):
     cached, texts = teacher_logits(), reviews.load_reviews().text
     assert cached.shape == (len(texts), 2)
