@@ -38,7 +38,8 @@ def attention_scores(
     q: Float[Tensor, "batch heads queries d_head"], k: Float[Tensor, "batch heads keys d_head"]
 ) -> Float[Tensor, "batch heads queries keys"]:
     """Raw scores before mask and softmax, q kᵀ / sqrt(d_head) (Vaswani et al. 2017, Eq. 1)."""
-    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    # divided in place: a second table of n x n numbers would cost more time than the product
+    return (q @ k.transpose(-2, -1)).div_(math.sqrt(q.shape[-1]))
 
 
 def masked_softmax(
@@ -52,9 +53,15 @@ def masked_softmax(
     if allowed is None:
         return scores.softmax(dim=-1)
     check_attention_mask(allowed, tuple(scores.shape))
-    # the smallest finite number instead of -inf: a row without any key makes no NaN, not even in between
-    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return weights.masked_fill(~allowed, 0.0)
+    if allowed.all():
+        return scores.softmax(dim=-1)
+    # added to a score, the smallest finite number gives a weight of exactly 0, and unlike -inf makes no NaN
+    # in a row without any key
+    smallest = torch.finfo(scores.dtype).min
+    bias = torch.zeros(allowed.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~allowed, smallest)
+    weights = (scores + bias).softmax(dim=-1)
+    empty = ~allowed.any(dim=-1, keepdim=True)
+    return weights.masked_fill(empty, 0.0) if empty.any() else weights
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:

@@ -82,10 +82,10 @@ FREE = frozenset(
     cat clone constant_pad_nd contiguous copy_ count_nonzero cummax cummin cumprod cumsum dequantize detach
     diag_embed embedding empty empty_like empty_strided equal exponential_ eye fill_ flip full full_like gather
     index index_add index_add_ index_copy index_fill index_put index_put_ index_select isin item lift_fresh
-    linalg_vector_norm linspace _local_scalar_dense _log_softmax logcumsumexp logsumexp masked_scatter masked_select
-    max max_pool2d_with_indices mean median min multinomial native_batch_norm native_dropout native_group_norm
-    native_layer_norm new_empty new_full new_ones new_zeros nll_loss_forward nonzero normal_ ones ones_like prod
-    quantize_per_channel quantize_per_tensor rand rand_like randint randn randn_like randperm repeat
+    linalg_vector_norm linspace _local_scalar_dense _log_softmax logcumsumexp logsumexp masked_fill_ masked_scatter
+    masked_select max max_pool2d_with_indices mean median min multinomial native_batch_norm native_dropout
+    native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nll_loss_forward nonzero normal_ ones
+    ones_like prod quantize_per_channel quantize_per_tensor rand rand_like randint randn randn_like randperm repeat
     repeat_interleave _reshape_alias resize_ roll scalar_tensor scatter scatter_ scatter_add scatter_add_
     scatter_reduce searchsorted select_scatter slice_scatter _softmax sort split_with_sizes stack std sum _to_copy
     topk tril triu unbind unfold uniform_ _unique2 unique_dim _unsafe_view var var_mean zero_ zeros zeros_like

@@ -250,9 +250,9 @@ if reveal("start.clock") is not None:
 # <details><summary><b>After your guess: why</b></summary>
 #
 # Earlier, in every recorded run. The products are not the reason: at 1,536 tokens both parts do equally many. But
-# attention, written out, makes a table of $n \times n$ numbers for every head, and a new one for each step: scores,
-# scaled scores, weights. The next cell times one such step twice, into a new table and into a table that is already
-# there. On our machine most of the time went into *getting the memory*, which the operating system hands out page by
+# attention, written out, makes a table of $n \times n$ numbers for every head, and a new one for each step: first the
+# scores, then the weights. The next cell times one such step twice, into a new table and into a table that is already
+# there. On our machine much of the time went into *getting the memory*, which the operating system hands out page by
 # page. (The jump after 768 tokens is where a table outgrows what the allocator keeps for reuse.) On a GPU the same
 # tables cost traffic to slow memory; notebook 11 shows that.
 #
