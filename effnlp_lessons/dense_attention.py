@@ -38,7 +38,7 @@ def attention_scores(
     q: Float[Tensor, "batch heads queries d_head"], k: Float[Tensor, "batch heads keys d_head"]
 ) -> Float[Tensor, "batch heads queries keys"]:
     """Raw scores before mask and softmax, q kᵀ / sqrt(d_head) (Vaswani et al. 2017, Eq. 1)."""
-    # divided in place: a second table of n x n numbers would cost more time than the product
+    # divided in place, which saves a second table of n x n numbers
     return (q @ k.transpose(-2, -1)).div_(math.sqrt(q.shape[-1]))
 
 

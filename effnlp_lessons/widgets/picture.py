@@ -84,6 +84,7 @@ class Explorer(ipywidgets.VBox):
             control.observe(self._refresh, names="value")
 
     # ------------------------------------------------------------------------ what a subclass defines
+    # the base class has no picture of its own: calling one of these on it is a mistake of the subclass
 
     def numbers(self, **values: Any) -> dict[str, Any]:
         raise NotImplementedError

@@ -197,6 +197,7 @@ def test_a_narrow_window_shrinks_the_picture_whole(explorer):
             "() => document.querySelector('img.explorer-picture').getBoundingClientRect().width < 890"
         )
         box = explorer.picture.bounding_box()
+        # the page lays out in whole pixels: one of them in a few hundred
         assert box["height"] / box["width"] == pytest.approx(390 / 900, rel=0.01)
         room = explorer.page.locator(".jp-OutputArea-output:has(img.explorer-picture)").bounding_box()
         assert box["x"] + box["width"] <= room["x"] + room["width"] + 1

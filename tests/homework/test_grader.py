@@ -150,7 +150,7 @@ def test_inputs_are_new_at_every_call():
 # ----------------------------------------------------------------------------- answers of a wrong kind
 
 
-def blank(width, height):
+def blank(width, height):  # as the unsolved notebook hands it out
     raise NotImplementedError("your code here")
 
 

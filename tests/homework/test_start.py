@@ -69,6 +69,7 @@ def test_mean_pool_agrees_with_a_loop_over_rows():
     for row in range(4):
         real = hidden[row].numpy()[mask[row].numpy()]
         expected = real.mean(axis=0) if len(real) else np.zeros(3)
+        # float64, and the two add in different orders
         np.testing.assert_allclose(mean_pool(hidden, mask)[row].numpy(), expected, rtol=1e-12)
 
 
