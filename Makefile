@@ -2,6 +2,8 @@
 # make lab ARGS=--no-browser
 PY ?= python3
 BIN = .venv/bin
+# for glibc: keep freed memory, so that no call is timed while the system hands out fresh pages
+KEEP_PAGES = MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
 .PHONY: lab test install prepare notebooks studies bench doctor lint
 
@@ -25,8 +27,7 @@ studies: prepare
 	$(BIN)/python -m effnlp_lessons.studies $(ARGS)
 
 bench: prepare
-	@if [ -d tests/benchmarks ]; then $(BIN)/python -m pytest -q -s tests/benchmarks; \
-	else echo "There are no benchmarks yet: tests/benchmarks is missing."; fi
+	@$(KEEP_PAGES) $(BIN)/python -m pytest -q -s tests/benchmarks
 
 doctor: install
 	@$(BIN)/python -m effnlp_lessons doctor || true

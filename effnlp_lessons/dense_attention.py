@@ -55,9 +55,9 @@ def masked_softmax(
     check_attention_mask(allowed, tuple(scores.shape))
     if allowed.all():
         return scores.softmax(dim=-1)
-    # added to a score, the smallest finite number gives a weight of exactly 0, and unlike -inf makes no NaN
-    # in a row without any key
-    smallest = torch.finfo(scores.dtype).min
+    # added to a score, half the smallest finite number gives a weight of exactly 0, and unlike -inf makes no NaN
+    # in a row without any key; half, so that a very negative score does not make it -inf in float16
+    smallest = torch.finfo(scores.dtype).min / 2
     bias = torch.zeros(allowed.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~allowed, smallest)
     weights = (scores + bias).softmax(dim=-1)
     empty = ~allowed.any(dim=-1, keepdim=True)

@@ -478,3 +478,13 @@ def test_attention_scores_are_scaled():
 
 def test_minilm_sizes():
     assert MINILM_L6.d_head == 32 and count_parameters(Encoder(MINILM_L6)) == 22_713_216
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_nan_where_very_low_scores_meet_a_row_without_keys(dtype):
+    """In float16 the smallest finite number plus a score of -40 would be -inf, and its softmax NaN."""
+    scores = torch.full((1, 1, 2, 3), -40.0, dtype=dtype, requires_grad=True)
+    allowed = torch.tensor([[False, False, False], [True, False, True]])
+    weights = masked_softmax(scores, allowed)
+    weights.sum().backward()
+    assert weights[0, 0].tolist() == [[0, 0, 0], [0.5, 0, 0.5]] and scores.grad.isfinite().all()

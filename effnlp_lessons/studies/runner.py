@@ -12,6 +12,7 @@ import importlib
 import json
 import pkgutil
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,11 +194,17 @@ def record(
     }
     if study.finish is not None:
         summary |= study.finish(runs, artefacts)
-    write_atomically(results / f"{name}.json", lambda file: file.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_atomically(results / f"{name}.json", lambda file: file.write_text(_readable(summary)))
     for path in folder.iterdir():  # the summary holds every run now; recording again starts afresh
         path.unlink()
     folder.rmdir()
     return summary
+
+
+def _readable(summary: dict[str, Any]) -> str:
+    """JSON with one entry a line, but a list of numbers on one line."""
+    text = json.dumps(summary, indent=1)
+    return re.sub(r"\[\n[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def load_results(name: str) -> dict[str, Any]:

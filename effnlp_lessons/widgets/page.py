@@ -1,4 +1,4 @@
-"""What a lecture notebook puts on the page beside text: library source, bars, curves with spread, attention maps.
+"""What a lecture notebook puts on the page beside text: library source, bars, curves and dots with spread, maps.
 
 Every function displays one thing, with alt text, in the course's style. The numbers come from the caller.
 """
@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+import torch
 from IPython.display import Markdown, display
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from matplotlib.colors import ListedColormap
 from torch import Tensor
 
-from effnlp_lessons.widgets.style import PALETTE, course_style, new_figure, show
+from effnlp_lessons.widgets.style import BLUE, GREY, PALETTE, course_style, new_figure, show
 
 
 def show_source(item: Callable[..., Any]) -> None:
@@ -112,3 +114,94 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
         alt=f"Attention weights by head. Most looked-at token of each, mean share: {favourites}.",
         caption=caption,
     )
+
+
+def pattern_maps(masks: dict[str, Bool[Tensor, "queries keys"]], caption: str) -> None:
+    """Display one square per mask: rows are queries, columns keys, dark may attend; above it the share of pairs.
+
+    Raises:
+        ValueError: no masks, or one that is not bool and two-dimensional.
+    """
+    if not masks or any(mask.ndim != 2 or mask.dtype != torch.bool for mask in masks.values()):
+        raise ValueError("masks must hold at least one bool tensor (queries, keys), and nothing else")
+    columns = min(4, len(masks))
+    rows = -(-len(masks) // columns)
+    with course_style():
+        figure = new_figure(2.4 * columns, 2.6 * rows + 0.2)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        figure.supxlabel("key", fontsize=9)
+        figure.supylabel("query", fontsize=9)
+        for place, axes in enumerate(grid.flat):
+            axes.set_visible(place < len(masks))
+        for axes, (name, mask) in zip(grid.flat, masks.items(), strict=False):
+            axes.imshow(mask.numpy(), cmap=ListedColormap(["white", BLUE]), vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(f"{name}: {_percent(mask)}", fontsize=9)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(True)
+            axes.grid(visible=False)
+    shares = ", ".join(f"{name} {_percent(mask)} of all pairs" for name, mask in masks.items())
+    show(figure, alt=f"Masks, queries down and keys across: {shares}.", caption=caption)
+
+
+def _percent(mask: Tensor) -> str:
+    return f"{100 * mask.float().mean():.0f} %"
+
+
+def dots(rows: dict[str, dict[str, tuple[float, float, float]]], *, grey: Sequence[str] = (), caption: str) -> None:
+    """Display one panel per quantity and one line per row: a dot at the median, a bar from quartile to quartile.
+
+    Args:
+        rows: `{row: {quantity: (median, low, high)}}`, drawn from the top; every row has the same quantities.
+        grey: names of rows that stand for comparison.
+
+    Raises:
+        ValueError: no rows, or rows with different quantities.
+    """
+    quantities = list(next(iter(rows.values()), {}))
+    if not quantities or any(list(row) != quantities for row in rows.values()):
+        raise ValueError("rows must hold at least one row, all with the same quantities")
+    with course_style():
+        figure = new_figure(9.0, 0.9 + 0.3 * len(rows))
+        panels = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
+        for axes, quantity in zip(panels, quantities, strict=True):
+            for place, (name, row) in enumerate(rows.items()):
+                middle, low, high = row[quantity]
+                color = GREY if name in grey else BLUE
+                axes.plot([low, high], [place, place], color=color, alpha=0.4, linewidth=5, solid_capstyle="butt")
+                axes.plot(middle, place, "D" if name in grey else "o", color=color)
+            axes.set(xlabel=quantity, xlim=(0, None))
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(range(len(rows)), rows)
+        panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    described = "; ".join(
+        f"{name} " + ", ".join(f"{quantity} {row[quantity][0]:.2f}" for quantity in quantities)
+        for name, row in rows.items()
+    )
+    show(figure, alt=f"Medians: {described}.", caption=caption)
+
+
+def head_grid(names: Sequence[str], layers: int, caption: str) -> None:
+    """Display one cell per head, rows are layers, coloured and lettered by `names`, one name per head.
+
+    Raises:
+        ValueError: as many names as no whole number of heads in each layer.
+    """
+    if layers < 1 or len(names) % layers or not names:
+        raise ValueError(f"names must be {layers} layers of equally many heads, got {len(names)}")
+    heads, kinds = len(names) // layers, sorted(set(names), key=lambda name: -list(names).count(name))
+    with course_style():
+        figure = new_figure(9.0, 0.9 + 0.34 * layers)
+        axes = figure.subplots()
+        numbers = [[kinds.index(names[layer * heads + head]) for head in range(heads)] for layer in range(layers)]
+        colors = ListedColormap([f"{PALETTE[kind % len(PALETTE)]}66" for kind in range(len(kinds))])
+        axes.imshow(numbers, cmap=colors, vmin=-0.5, vmax=len(kinds) - 0.5, aspect="auto")
+        for layer in range(layers):
+            for head in range(heads):
+                axes.text(head, layer, names[layer * heads + head], ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(heads))
+        axes.set_yticks(range(layers))
+        axes.set(xlabel="head", ylabel="layer")
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+    counts = ", ".join(f"{kind} {list(names).count(kind)}" for kind in kinds)
+    show(figure, alt=f"A grid of {layers} layers and {heads} heads. Heads by name: {counts}.", caption=caption)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from effnlp_lessons.studies import teacher
+from effnlp_lessons.studies import runner, teacher
 from effnlp_lessons.studies.runner import Outcome, Study, find_studies, load_results, record
 
 SMALL_TEACHER = replace(
@@ -184,3 +184,10 @@ def test_every_study_is_found_and_recorded():
         assert study.minutes >= work / 8, f"{name}: minutes={study.minutes}, recorded {work:.1f} minutes of work"
         recorded = [(run["setting"], run["seed"]) for run in summary["runs"]]
         assert recorded == [(setting, seed) for setting in study.recorded for seed in study.seeds]
+
+
+def test_summaries_keep_a_list_of_numbers_on_one_line():
+    summary = {"a": [1, 2.5, -3e-7], "b": [[1, 2], [3]], "c": ["x [1,  2]", None], "d": [], "e": {"f": [0.25]}}
+    text = runner._readable(summary)
+    assert json.loads(text) == summary
+    assert '"a": [ 1, 2.5, -3e-07 ]' in text and '"f": [ 0.25 ]' in text

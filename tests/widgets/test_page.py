@@ -11,7 +11,7 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from effnlp_lessons.measure import block_macs
-from effnlp_lessons.widgets.page import attention_maps, bars, lines, show_source
+from effnlp_lessons.widgets.page import attention_maps, bars, dots, head_grid, lines, pattern_maps, show_source
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,3 +67,36 @@ def test_attention_maps_show_the_weights():
         attention_maps(weights, ["a", "b"], caption="Look.")
     with pytest.raises(ValueError, match="at least one part"):
         bars({}, unit="x", caption="Look.")
+
+
+def test_pattern_maps_are_as_blue_as_their_masks():
+    left, empty = torch.zeros(20, 20, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
+    left[:, :5] = True
+    pixels, alt, caption = displayed(lambda: pattern_maps({"left": left, "none": empty}, caption="Look."))
+    assert alt.endswith("left 25 % of all pairs, none 0 % of all pairs.") and caption == "*Look.*"
+    blue = (pixels == [0x00, 0x72, 0xB2]).all(-1)
+    rows, columns = blue.nonzero()
+    assert columns.max() < pixels.shape[1] / 2, "the empty mask is not empty"
+    height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+    assert blue.sum() == height * width and width / height == pytest.approx(5 / 20, abs=0.02)
+    with pytest.raises(ValueError, match="masks must hold"):
+        pattern_maps({"a": left.float()}, caption="Look.")
+
+
+def test_dots_stand_at_their_medians():
+    rows = {"a": {"mass": (0.2, 0.1, 0.4)}, "b": {"mass": (0.4, 0.4, 0.4)}}
+    pixels, alt, _ = displayed(lambda: dots(rows, grey=["b"], caption="Look."))
+    assert alt == "Medians: a mass 0.20; b mass 0.40."
+    blue = (pixels == [0x00, 0x72, 0xB2]).all(-1).nonzero()[1]
+    grey = (pixels[:, 200:850] == [0x6B, 0x6B, 0x6B]).all(-1)
+    assert len(blue) > 20 and grey.sum() > 20
+    with pytest.raises(ValueError, match="all with the same quantities"):
+        dots({"a": {"mass": (1, 1, 1)}, "b": {}}, caption="Look.")
+
+
+def test_head_grid_letters_every_head():
+    pixels, alt, _ = displayed(lambda: head_grid(["x", "y", "y", "y"], layers=2, caption="Look."))
+    assert alt == "A grid of 2 layers and 2 heads. Heads by name: y 3, x 1."
+    assert pixels.std() > 0
+    with pytest.raises(ValueError, match="2 layers of equally many heads, got 3"):
+        head_grid(["x", "y", "y"], layers=2, caption="Look.")
