@@ -8,6 +8,7 @@ from effnlp_lessons.homework.exercise import Exercise, HomeworkError, Prediction
 # first part of an id -> module in this folder
 MODULES = {
     "start": "start",
+    "patterns": "patterns",
 }
 
 

@@ -6,6 +6,7 @@ Every function displays one thing, with alt text, in the course's style. The num
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from IPython.display import Markdown, display
 from jaxtyping import Bool, Float
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 from torch import Tensor
 
 from effnlp_lessons.widgets.style import BLUE, GREY, PALETTE, course_style, new_figure, show
@@ -66,8 +68,13 @@ def lines(
             axes.plot(x, [median(p) for p in points], color=color, marker="o", markersize=4, label=name)
             axes.fill_between(x, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.2, lw=0)
         axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
-        axes.set_xticks(x[::2], [f"{value:,g}" for value in x[::2]])
+        ticks = x if len(x) < 6 else x[::2]
+        axes.set_xticks(ticks, [f"{value:,g}" for value in ticks])
         axes.minorticks_off()
+        values = [value for runs in series.values() for run in runs for value in run]
+        if max(values) < 10 * min(values):  # less than a decade: powers of ten alone would be too few ticks
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.legend()
     ends = ", ".join(
         f"{name} from {median(r[0] for r in runs):.3g} to {median(r[-1] for r in runs):.3g}"
@@ -188,16 +195,17 @@ def head_grid(names: Sequence[str], layers: int, caption: str) -> None:
     """
     if layers < 1 or len(names) % layers or not names:
         raise ValueError(f"names must be {layers} layers of equally many heads, got {len(names)}")
-    heads, kinds = len(names) // layers, sorted(set(names), key=lambda name: -list(names).count(name))
+    heads, kinds = len(names) // layers, sorted(set(names), key=lambda name: (-list(names).count(name), name))
     with course_style():
-        figure = new_figure(9.0, 0.9 + 0.34 * layers)
+        figure = new_figure(9.0, 0.9 + 0.4 * layers)
         axes = figure.subplots()
         numbers = [[kinds.index(names[layer * heads + head]) for head in range(heads)] for layer in range(layers)]
         colors = ListedColormap([f"{PALETTE[kind % len(PALETTE)]}66" for kind in range(len(kinds))])
         axes.imshow(numbers, cmap=colors, vmin=-0.5, vmax=len(kinds) - 0.5, aspect="auto")
         for layer in range(layers):
             for head in range(heads):
-                axes.text(head, layer, names[layer * heads + head], ha="center", va="center", fontsize=7)
+                words = textwrap.fill(names[layer * heads + head], 8)
+                axes.text(head, layer, words, ha="center", va="center", fontsize=7)
         axes.set_xticks(range(heads))
         axes.set_yticks(range(layers))
         axes.set(xlabel="head", ylabel="layer")

@@ -14,8 +14,11 @@ title, which it has, is what browsers take as the picture's name).
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
+import functools
 import html
+from collections.abc import Iterator
 from typing import Any
 
 import ipywidgets
@@ -36,6 +39,12 @@ class TitledImage(ipywidgets.Image):
 
     description = Unicode("").tag(sync=True)
 
+    def show(self, png: bytes, alt: str) -> None:
+        """Exchange the picture and its alt text, in one message, so that the page loads one picture per event."""
+        with self.hold_sync():
+            self.value = png
+            self.tooltip = alt
+
 
 class Explorer(ipywidgets.VBox):
     """Base class. A subclass builds its controls, passes them to `__init__`, and defines:
@@ -53,6 +62,10 @@ class Explorer(ipywidgets.VBox):
     that the picture is drawn anew), and define `idle(numbers)`, the names of the controls that change
     nothing at the moment: they are greyed out. Sliders and toggle buttons work by keyboard; on a closed
     drop-down list JupyterLab takes arrows and letters for its own commands, so avoid it for a few choices.
+
+    For more than that there are `arrange()`, the rows of controls; `make_image(width, height)`, for a picture
+    that takes the pointer (`painted_image`); `settle(name)`, called before the numbers, in which one control
+    may change others; and `refresh()`, to be called when something else than a control has changed.
     """
 
     size: tuple[float, float] = (9.0, 3.6)
@@ -64,24 +77,19 @@ class Explorer(ipywidgets.VBox):
         if unknown:
             raise ValueError(f"scene must name controls among {sorted(controls)}, got {sorted(unknown)}")
         self.controls = controls
-        row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
-        width, height = (round(100 * inches) for inches in self.size)
-        self.image = TitledImage(
-            format="png",
-            width=str(width),  # the room is kept before the first picture has arrived
-            height=str(height),
-            layout=ipywidgets.Layout(margin="0"),
-        )
+        rows = self.arrange()
+        self.image = self.make_image(*(round(100 * inches) for inches in self.size))
         self.line = ipywidgets.HTML()
-        row.add_class("explorer-controls")
-        self.image.add_class("explorer-picture")
+        for row in rows:
+            row.add_class("explorer-controls")
         self.line.add_class("explorer-line")
-        super().__init__([row, self.image, self.line])
+        super().__init__([*rows, self.image, self.line])
         self._numbers: dict[str, Any] = {}
         self._drawn_scene: tuple | None = None
-        self._refresh()
-        for control in controls.values():
-            control.observe(self._refresh, names="value")
+        self._settling = False
+        self.refresh()
+        for name, control in controls.items():
+            control.observe(functools.partial(self._on_change, name), names="value")
 
     # ------------------------------------------------------------------------ what a subclass defines
     # the base class has no picture of its own: calling one of these on it is a mistake of the subclass
@@ -104,6 +112,24 @@ class Explorer(ipywidgets.VBox):
     def idle(self, numbers: dict[str, Any]) -> set[str]:
         """Names of the controls that change nothing in this state."""
         return set()
+
+    def arrange(self) -> list[ipywidgets.Widget]:
+        """The rows above the picture: here one, in which the controls wrap."""
+        return [ipywidgets.HBox(list(self.controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))]
+
+    def make_image(self, width: int, height: int) -> ipywidgets.Widget:
+        """The widget of the picture: it has `value`, the PNG, and `show(png, alt)`."""
+        image = TitledImage(
+            format="png",
+            width=str(width),  # the room is kept before the first picture has arrived
+            height=str(height),
+            layout=ipywidgets.Layout(margin="0"),
+        )
+        image.add_class("explorer-picture")
+        return image
+
+    def settle(self, name: str) -> None:
+        """Control `name` has a new value: put the others in agreement. What changes here is no further event."""
 
     # ------------------------------------------------------------------------ what can be read
 
@@ -139,7 +165,24 @@ class Explorer(ipywidgets.VBox):
 
     # ------------------------------------------------------------------------ the chain of one event
 
-    def _refresh(self, change: dict | None = None) -> None:
+    def _on_change(self, name: str, change: dict) -> None:
+        if self._settling:
+            return
+        with self.still():
+            self.settle(name)
+        self.refresh()
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """In this block a control may change without an event."""
+        self._settling = True
+        try:
+            yield
+        finally:
+            self._settling = False
+
+    def refresh(self) -> None:
+        """Compute the numbers anew and show them."""
         values = self.values
         self._numbers = self.numbers(**values)
         idle = self.idle(self._numbers)
@@ -150,9 +193,7 @@ class Explorer(ipywidgets.VBox):
             self._draw_what_stays()
             self._drawn_scene = scene
         self._draw_what_moves()
-        with self.image.hold_sync():  # one message, so that the page loads one picture per event
-            self.image.value = png_bytes(np.asarray(self.figure.canvas.buffer_rgba()))
-            self.image.tooltip = self.alt
+        self.image.show(png_bytes(np.asarray(self.figure.canvas.buffer_rgba())), self.alt)
         words = html.escape(self.summary(self._numbers), quote=False)
         self.line.value = f'<div style="line-height: 1.4">{words}</div>'
 

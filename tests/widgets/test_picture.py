@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from effnlp_lessons.widgets import style
+from effnlp_lessons.widgets.painted_image import PaintedImage
 from effnlp_lessons.widgets.picture import Explorer
 
 
@@ -136,6 +137,63 @@ def test_a_control_that_changes_nothing_is_disabled():
     assert not probe.controls["colour"].disabled
     set_values(probe, x=0)
     assert probe.controls["colour"].disabled
+
+
+def test_one_control_may_change_another_in_the_same_event():
+    class Bound(Probe):
+        def settle(self, name):
+            self.calls.append(name)
+            if name == "factor":
+                self.controls["x"].value = 4 * self.controls["factor"].value
+
+    probe = Bound()
+    probe.calls.clear()
+    set_values(probe, factor=2)
+    assert probe.calls == ["factor", "numbers", "draw_static", "draw"]
+    assert probe.state["x"] == 8 and probe.alt == "A dot at 8, 16."
+    probe.calls.clear()
+    set_values(probe, x=3)
+    assert probe.calls == ["x", "numbers", "draw"]
+
+
+def test_an_error_while_settling_does_not_silence_the_controls():
+    class Wrong(Probe):
+        def settle(self, name):
+            if name == "factor":
+                raise RuntimeError("no")
+
+    probe = Wrong()
+    with pytest.raises(RuntimeError):
+        set_values(probe, factor=2)
+    set_values(probe, x=7)
+    assert probe.state["x"] == 7
+
+
+def test_what_changes_in_a_still_block_is_shown_by_the_next_refresh(shown):
+    probe = Probe()
+    before = shown(probe)
+    with probe.still():
+        set_values(probe, x=6)
+    assert probe.state["x"] == 2 and np.array_equal(shown(probe), before)
+    probe.refresh()
+    assert probe.state["x"] == 6 and not np.array_equal(shown(probe), before)
+
+
+def test_a_subclass_may_bring_its_rows_and_its_image():
+    class Other(Probe):
+        def arrange(self):
+            return [ipywidgets.HBox([control]) for control in self.controls.values()]
+
+        def make_image(self, width, height):
+            self.room = width, height
+            return PaintedImage(width, height, "a dot", lambda events: None)
+
+    probe = Other()
+    assert [len(row.children) for row in probe.children[:3]] == [1, 1, 1] and probe.children[3] is probe.image
+    assert all("explorer-controls" in row._dom_classes for row in probe.children[:3])
+    set_values(probe, x=6)
+    assert probe.room == (300, 200) and probe.image.alt == "A dot at 6, 6."
+    assert probe._repr_mimebundle_()[0]["image/png"] == base64.b64encode(probe.image.value).decode()
 
 
 def test_the_mime_bundle_holds_widget_picture_and_alt_text():

@@ -44,7 +44,7 @@ import statistics
 
 import torch
 
-from effnlp_lessons.homework import check
+from effnlp_lessons.homework import check, hint  # noqa: F401 (hint is for when you are stuck)
 
 # %% [markdown]
 # ## Exercise 1. Parameters of a decoder block
