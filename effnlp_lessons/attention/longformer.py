@@ -210,9 +210,7 @@ class LongformerAttention(nn.Module):
         q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         mixed = self._local(q, k, v, real, is_global)
         if is_global.any():
-            projections = (self.query_global, self.key_global, self.value_global)
-            q, k, v = (self._heads(project(x)) for project in projections)
-            mixed = self._global(q, k, v, real, is_global, mixed)
+            mixed = self._global(x, real, is_global, mixed)
         return self.output(without_padding(mixed, real).transpose(1, 2).flatten(2)), None
 
     def _heads(self, x: Tensor) -> Float[Tensor, "batch heads length d_head"]:
@@ -242,10 +240,12 @@ class LongformerAttention(nn.Module):
         mixed = attend(queries, keys, values, torch.cat([far, allowed], dim=-1))
         return mixed.flatten(2, 3)[:, :, :length]
 
-    def _global(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, is_global: Tensor, mixed: Tensor) -> Tensor:
+    def _global(self, x: Tensor, real: Tensor, is_global: Tensor, mixed: Tensor) -> Tensor:
         """Put the global queries' outputs, over all real tokens, in their places of `mixed`."""
         index, valid = _global_index(is_global)
-        rows = dense_attention(_pick(q, index), k, v, real)
+        x_global = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+        q, k, v = self.query_global(x_global), self.key_global(x), self.value_global(x)
+        rows = dense_attention(*(self._heads(part) for part in (q, k, v)), real)
         text, place = valid.nonzero(as_tuple=True)
         mixed, rows = mixed.transpose(1, 2), rows.transpose(1, 2)
         return mixed.index_put((text, index[text, place]), rows[text, place]).transpose(1, 2)

@@ -28,6 +28,16 @@ from effnlp_lessons.studies.runner import Outcome, Study
 HEADS, D_HEAD = 4, 64
 FUSED, WRITTEN_OUT = "dense, fused", "dense, written out"
 
+SETTINGS = {  # of `methods`, in words
+    "window": "128 tokens to each side",
+    "dilated": "128 steps of two to each side",
+    "own block": "blocks of 256",
+    "local": "blocks of 128, 64 more at each side",
+    "strided": "a stride of the square root",
+    "fixed": "a stride of the square root",
+    "BigBird": "blocks of 64, three random ones",
+}
+
 
 def methods(length: int) -> dict[str, Callable[..., Tensor]]:
     """The timed methods for one length: windows and blocks of fixed size, strides of about the square root."""
@@ -86,15 +96,14 @@ def run(setting: dict[str, Any], seed: int) -> Outcome:
     return Outcome({"lengths": list(setting["lengths"])} | columns)
 
 
-def times_by_pattern(summary: dict[str, Any], length: int) -> dict[str, tuple[float, float, int]]:
-    """What the pattern explorer says of speed: (seconds fused dense, seconds of the pattern, tokens), medians."""
+def times_in_words(summary: dict[str, Any], length: int) -> dict[str, str]:
+    """What the pattern explorer says of each pattern's recorded time, with the setting it was timed at (medians)."""
     at = summary["runs"][0]["lengths"].index(length)
-    middle = {
-        name: median(run["seconds"][name][at] for run in summary["runs"])
-        for name in summary["runs"][0]["seconds"]
-        if name != WRITTEN_OUT
+    dense, *others = (1e3 * median(run["seconds"][name][at] for run in summary["runs"]) for name in (FUSED, *SETTINGS))
+    return {
+        name: f"Recorded at {length:,} tokens with {words}: {own:.0f} ms, fused dense {dense:.0f} ms."
+        for (name, words), own in zip(SETTINGS.items(), others, strict=True)
     }
-    return {name: (middle[FUSED], seconds, length) for name, seconds in middle.items() if name != FUSED}
 
 
 STUDY = Study(

@@ -83,8 +83,15 @@ def lines(
     show(figure, alt=f"{y_label} against {x_label}, {x[0]:,g} to {x[-1]:,g}: {ends}.", caption=caption)
 
 
-def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[str], caption: str) -> None:
+def attention_maps(
+    weights: Float[Tensor, "heads length length"],
+    tokens: list[str],
+    caption: str,
+    titles: Sequence[str] | None = None,
+) -> None:
     """Display one square per head: rows are queries, columns keys, dark is much weight (0 white, 1 dark).
+
+    `titles` stand above the squares; default: head 0, head 1, ...
 
     Raises:
         ValueError: weights that are not (heads, length, length) for these tokens.
@@ -92,6 +99,7 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
     length = len(tokens)
     if weights.ndim != 3 or weights.shape[1:] != (length, length):
         raise ValueError(f"weights must be (heads, {length}, {length}), got {tuple(weights.shape)}")
+    titles = [f"head {head}" for head in range(len(weights))] if titles is None else titles
     columns = min(4, len(weights))
     rows = -(-len(weights) // columns)
     with course_style():
@@ -106,15 +114,14 @@ def attention_maps(weights: Float[Tensor, "heads length length"], tokens: list[s
                 axes.set_visible(False)
                 continue
             axes.imshow(weights[head].numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            axes.set_title(f"head {head}", fontsize=9)
+            axes.set_title(titles[head], fontsize=9)
             axes.grid(visible=False)
             axes.set_xticks(shown, [tokens[i] for i in shown], rotation=90, fontsize=size)
             axes.set_yticks(shown, [tokens[i] for i in shown], fontsize=size)
             axes.tick_params(length=0)
     shares, keys = weights.mean(1).max(-1)  # each head's favourite key, and its mean share over the queries
     favourites = ", ".join(
-        f"head {head}: {tokens[key]} {100 * share:.0f} %"
-        for head, (share, key) in enumerate(zip(shares, keys, strict=True))
+        f"{title}: {tokens[key]} {100 * share:.0f} %" for title, share, key in zip(titles, shares, keys, strict=True)
     )
     show(
         figure,

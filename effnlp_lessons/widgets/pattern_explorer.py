@@ -12,11 +12,12 @@ The model runs once for every text that is submitted; every other control looks 
 from __future__ import annotations
 
 import functools
+import html
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from ipywidgets import Button, HBox, IntSlider, Layout, Text, ToggleButtons
+from ipywidgets import HTML, Button, HBox, IntSlider, Layout, Text, ToggleButtons
 from jaxtyping import Bool
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
@@ -112,6 +113,7 @@ class PatternExplorer(Explorer):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+        self.note = HTML()
         self.undo, self.clear = (Button(description=name, layout=Layout(width="70px")) for name in ("undo", "clear"))
         self.controls = {
             "pattern": _buttons((*PATTERNS, PAINTED), pattern),
@@ -142,6 +144,7 @@ class PatternExplorer(Explorer):
             (name["size"], name["layer"], name["head"], name["layers"]),
             (name["brush"], name["shape"], self.undo, self.clear),
             (name["text"],),
+            (self.note,),  # above the picture, so that a refusal is seen in a low window too
         )
         return [HBox(row, layout=Layout(flex_flow="row wrap")) for row in rows]
 
@@ -193,6 +196,8 @@ class PatternExplorer(Explorer):
             self._cursor = None
             if self.length != before:
                 self._choose_size()
+                if self.controls["pattern"].value == PAINTED:
+                    self._message = "A text of another length has a sheet of its own."
 
     def _choose_size(self, size: int | None = None) -> None:
         """Give the slider the pattern's sizes, at `size`, or where it uses the budget best, or else fewest pairs."""
@@ -204,6 +209,7 @@ class PatternExplorer(Explorer):
             size = size_for(name, self.length, self.budget)
         if size is None:
             size = min(sizes, key=lambda size: pairs(PATTERNS[name].mask(self.length, size)))
+            self._message = f"No size of {name} fits the budget at {self.length} tokens: it is made for longer texts."
         with slider.hold_sync():
             slider.min = min(slider.min, sizes[0])  # in this order the smallest is never above the largest
             slider.max = sizes[-1]
@@ -250,7 +256,7 @@ class PatternExplorer(Explorer):
         more, left = pairs(after) - pairs(before), max(self.budget - pairs(before), 0)
         if more > left:
             way_out = "Erase first." if pattern.value == PAINTED else f'Erase first, or choose "{PAINTED}".'
-            needs = f"this {shape} needs {more:,} more, {left:,} of the budget are left"
+            needs = f"this {shape} needs {more:,} more, the budget leaves {left:,}"
             self._message = f"Not painted: {needs}. {way_out}"
         elif more:
             if self._stroke:
@@ -304,6 +310,7 @@ class PatternExplorer(Explorer):
         return self._picture.draw_static(figure, numbers)
 
     def draw(self, numbers: dict[str, Any]) -> None:
+        self.note.value = f"<b>{html.escape(numbers['message'])}</b>" if numbers["message"] else ""
         self._picture.draw(numbers, f"layer {numbers['layer']}, head {numbers['head']}: {self._name(numbers)}")
 
     def _name(self, numbers: dict[str, Any]) -> str:

@@ -113,3 +113,21 @@ def test_a_small_timed_run_has_a_number_for_every_method():
             missing = name == pattern_speed.WRITTEN_OUT
             assert len(values) == 2 and values[0] > 0
             assert (values[1] is None) if missing else values[1] > 0
+
+
+def test_recorded_times_in_words_name_setting_and_both_times():
+    def run(dense, window):
+        names = dict.fromkeys(pattern_speed.SETTINGS, [1.0, 1.0])
+        return {"lengths": [64, 128], "seconds": {pattern_speed.FUSED: [9.0, dense], **names, "window": [9.0, window]}}
+
+    words = pattern_speed.times_in_words({"runs": [run(0.3, 0.01), run(0.2, 0.03), run(0.1, 0.02)]}, 128)
+    assert words["window"] == "Recorded at 128 tokens with 128 tokens to each side: 20 ms, fused dense 200 ms."
+    assert (
+        set(words)
+        == set(pattern_speed.SETTINGS)
+        == set(pattern_speed.methods(64))
+        - {
+            pattern_speed.FUSED,
+            pattern_speed.WRITTEN_OUT,
+        }
+    )

@@ -100,3 +100,10 @@ def test_head_grid_letters_every_head():
     assert pixels.std() > 0
     with pytest.raises(ValueError, match="2 layers of equally many heads, got 3"):
         head_grid(["x", "y", "y"], layers=2, caption="Look.")
+
+
+def test_attention_maps_take_titles():
+    _, alt, _ = displayed(
+        lambda: attention_maps(torch.eye(2)[None], ["a", "b"], caption="Look.", titles=["layer 3, head 1"])
+    )
+    assert "layer 3, head 1: " in alt

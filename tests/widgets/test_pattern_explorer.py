@@ -306,7 +306,7 @@ def test_painting_beyond_the_budget_is_refused_and_nothing_is_lost(shown):
     stroke(explorer, (3, 9))
     after = explorer.state
     assert np.array_equal(after["mask"], before["mask"])
-    message = "Not painted: this column needs 20 more, 0 of the budget are left. Erase first."
+    message = "Not painted: this column needs 20 more, the budget leaves 0. Erase first."
     assert after["message"] == message and message in explorer.line.value and message in explorer.alt
     assert message in explorer.image.spoken
     assert np.array_equal(mask_in(shown(explorer), 20), mask_in(picture, 20))
@@ -328,7 +328,7 @@ def test_a_stroke_ends_where_the_budget_does():
     choose(explorer, pattern=PAINTED)
     stroke(explorer, (4, 0), (4, 19))
     assert explorer.state["mask"][4].tolist() == [True] * 12 + [False] * 8
-    assert explorer.state["message"].startswith("Not painted: this cell needs 1 more, 0 of the budget")
+    assert explorer.state["message"].startswith("Not painted: this cell needs 1 more, the budget leaves 0")
 
 
 def test_painting_on_a_pattern_goes_on_from_it():
@@ -358,7 +358,7 @@ def test_a_pattern_over_the_budget_can_be_erased_to_a_painted_one():
     assert explorer.values["pattern"] == PAINTED and explorer.state["pairs"] == 20 + 2 * 19 + 18 + 17
     choose(explorer, brush="paint")
     stroke(explorer, (0, 3))
-    assert "0 of the budget are left" in explorer.state["message"]
+    assert "the budget leaves 0" in explorer.state["message"]
 
 
 def test_undo_takes_back_one_stroke_and_clear_can_be_undone():
@@ -581,3 +581,18 @@ def test_an_event_takes_less_than_50_ms():
                 break
         print(f"{name}: " + ", ".join(f"{1e3 * median:.1f} ms" for median in medians))
         assert min(medians) < 0.050, name
+
+
+def test_a_message_stands_above_the_picture_too_and_goes_with_the_next_event():
+    explorer = small(20, budget=0.01)
+    choose(explorer, pattern=PAINTED)
+    stroke(explorer, (4, 0), (4, 19))
+    assert "Not painted" in explorer.note.value and explorer.children.index(explorer.image) > 0
+    choose(explorer, head=2)
+    assert explorer.note.value == ""
+
+
+def test_a_pattern_that_fits_no_budget_says_so():
+    explorer = small(20, budget=0.12)
+    choose(explorer, pattern="strided")
+    assert explorer.state["message"].startswith("No size of strided fits the budget at 20 tokens")

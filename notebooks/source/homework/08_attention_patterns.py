@@ -25,7 +25,7 @@
 # | 5. Strided and fixed, merged | 15 | 2 of 5 | optional |
 # | 6. A list, not a set | 10 | 2 of 5 | optional |
 # | 7. Attention between permuted blocks | 20 | 3 of 5 | optional |
-# | 8. Window attention in chunks | 30 | 4 of 5 | **core** |
+# | 8. Window attention in chunks | 30 | 3 of 5 | **core** |
 # | 9. Find the bug: a window with global tokens | 20 | 3 of 5 | optional |
 # | 10. A stream with sinks, counted | 20 | 3 of 5 | optional |
 #
@@ -337,7 +337,7 @@ check("patterns.block_permuted_attention", block_permuted_attention)
 # %% [markdown]
 # ## Exercise 8. Window attention in chunks
 #
-# *30 minutes, difficulty 4 of 5, **core**.*
+# *30 minutes, difficulty 3 of 5, **core**.*
 #
 # Every query sees the tokens at most `window` away, before and behind (no dilation). A mask on a table of n x n scores
 # gives the right answer and saves nothing. Here no tensor may hold a number for every pair of tokens.
@@ -403,7 +403,7 @@ check("patterns.window_attention", window_attention)
 # tokens use the same `q`, `k` and `v`.
 #
 # The function below gives the global keys columns of their own, as a fast version would. All weights of a query
-# sum to 1, and the outputs look right. Still one is wrong where a global token stands in a window. Repair it.
+# sum to 1, and the outputs look right. Still some outputs are wrong. Find out which, and repair it.
 
 # %% tags=["exercise"]
 def window_with_globals(
