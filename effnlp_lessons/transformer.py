@@ -12,6 +12,7 @@ attention method then needs no dropout argument. Nothing differs in evaluation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -285,6 +286,9 @@ class Encoder(nn.Module):
         """
         x = self.embeddings(token_ids, segment_ids)
         check_key_padding_mask(key_padding_mask, *token_ids.shape)
+        for block in self.blocks if return_scores else ():
+            if "return_scores" not in inspect.signature(block.token_mixer.forward).parameters:
+                raise ValueError(f"return_scores: {type(block.token_mixer).__name__} has no scores to hand out")
         hidden, scores = [x], []
         for block in self.blocks:
             x, _, raw = block(x, key_padding_mask, None, return_scores)

@@ -488,3 +488,9 @@ def test_no_nan_where_very_low_scores_meet_a_row_without_keys(dtype):
     weights = masked_softmax(scores, allowed)
     weights.sum().backward()
     assert weights[0, 0].tolist() == [[0, 0, 0], [0.5, 0, 0.5]] and scores.grad.isfinite().all()
+
+
+def test_scores_asked_of_a_mixer_that_has_none_are_refused():
+    encoder = Encoder(SMALL, token_mixer=lambda config, layer: Shift())
+    with pytest.raises(ValueError, match="Shift has no scores to hand out"):
+        encoder(torch.zeros(1, 3, dtype=torch.long), return_scores=True)

@@ -358,7 +358,7 @@ if (guess := reveal("patterns.layers")) is not None:
                        ("window 8, one global", longformer_mask(128, 8, torch.arange(128) == 0))):
         needed = next((n for n in range(1, 30) if reach([mask] * n)[127, 0]), "never")
         joined = next((n for n in range(1, 30) if reach([mask] * n).all()), "never")
-        print(f"{name:21} layers from last to first: {needed}; until every token can know of every other: {joined}")
+        print(f"{name:21} from last to first {needed}, from all to all {joined} layers")
     print("Your guess for the plain window:", guess)
 
 # %% [markdown]
@@ -628,14 +628,13 @@ head_grid([names[0] for names in by_error], layers=6,
 with_globals = {"window + ends", "BigBird", "ETC"}
 for words, heads_of in (("layer 0", by_error[:12]), ("layers 1 to 5", by_error[12:])):
     best = sum(names[0] in with_globals for names in heads_of)
-    print(f"{words}: in {best} of {len(heads_of)} heads a pattern with global tokens is best")
+    print(f"{words}: a pattern with global tokens is best in {best} of {len(heads_of)} heads")
 gaps = [found["window"]["error"][head] - found["window + ends"]["error"][head] for head in range(72)]
-print(f"global rows and columns for the two ends, {1 - (510 / 512)**2:.1%} of the pairs, in place of a wider window:")
+print(f"two global tokens, {1 - (510 / 512)**2:.1%} of the pairs, in place of a wider window:")
 for words, pick in (("gains most", max), ("gains least", min)):
     head = pick(range(72), key=lambda head: gaps[head])
     print(f"  layer {head // 12}, head {head % 12} {words}: error {found['window']['error'][head]:.2f} without, "
-          f"{found['window + ends']['error'][head]:.2f} with; its window alone holds "
-          f"{found['window']['mass'][head]:.0%} of its mass")
+          f"{found['window + ends']['error'][head]:.2f} with")
 
 # %% [markdown]
 # From layer 1 on, a few tokens that everyone may see help nearly every head; which of the three patterns brings them is often a

@@ -10,13 +10,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from effnlp_lessons.attention.sparse_transformer import (
-    fixed_attention,
-    fixed_masks,
-    head_masks,
-    strided_attention,
-    strided_masks,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +18,13 @@ from effnlp_lessons.attention.bigbird import bigbird_attention, bigbird_mask, ra
 from effnlp_lessons.attention.blockwise import blockwise_attention, blockwise_mask
 from effnlp_lessons.attention.local import local_attention, local_mask
 from effnlp_lessons.attention.longformer import window_attention, window_mask
+from effnlp_lessons.attention.sparse_transformer import (
+    fixed_attention,
+    fixed_masks,
+    head_masks,
+    strided_attention,
+    strided_masks,
+)
 from effnlp_lessons.dense_attention import dense_attention
 from effnlp_lessons.transformer import Decoder, Encoder, TransformerConfig
 
