@@ -16,9 +16,9 @@ from effnlp_lessons.transformer import ACTIVATIONS, Encoder, initialise_
 
 
 class MaskedLanguageModel(nn.Module):
-    """An encoder with BERT's masked-word head: transform, norm, the tied token table, one bias a word."""
+    """An encoder with BERT's masked-word head: transform (drawn from `seed`), norm, the tied token table, biases."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, seed: int = 0) -> None:
         super().__init__()
         config = encoder.config
         self.encoder = encoder
@@ -26,14 +26,19 @@ class MaskedLanguageModel(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        initialise_(self.transform, torch.Generator().manual_seed(seed))
+
+    def words(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Logits of every word, from the encoder's last hidden states."""
+        x = self.norm(self.activation(self.transform(hidden)))
+        return F.linear(x, self.encoder.embeddings.tokens.weight, self.bias)
 
     def forward(
         self,
         token_ids: Int[Tensor, "batch length"],
         key_padding_mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length vocab"]:
-        x = self.norm(self.activation(self.transform(self.encoder(token_ids, key_padding_mask).last)))
-        return F.linear(x, self.encoder.embeddings.tokens.weight, self.bias)
+        return self.words(self.encoder(token_ids, key_padding_mask).last)
 
 
 class SentenceClassifier(nn.Module):
