@@ -107,21 +107,17 @@ def window_attention(
 def _dilated_window(
     q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, window: int, dilation: int, causal: bool
 ) -> Tensor:
-    """Positions that are equal modulo `dilation` form sequences of their own, each with a plain window."""
+    """Positions that are equal modulo `dilation` form texts of their own, each with a plain window."""
     check_not_negative(window=window)
     check_positive(dilation=dilation)
     if dilation == 1:
         return _window(q, k, v, key_padding_mask, window, causal)
-    batch, _, length, _ = q.shape
-    # (batch, heads, length, d) -> (batch * dilation, heads, length / dilation, d)
-    residues = [
-        pad_to_multiple(x, dilation).unflatten(2, (-1, dilation)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        for x in (q, k, v)
-    ]
-    real = pad_to_multiple(real_tokens(key_padding_mask, length, q.device), dilation, dim=1)
-    real = real.expand(batch, -1).unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)
-    mixed = _window(*residues, real, window, causal)
-    return mixed.unflatten(0, (batch, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)[:, :, :length]
+    output = torch.empty_like(v)
+    for first in range(min(dilation, q.shape[2])):
+        own = slice(first, None, dilation)
+        mask = None if key_padding_mask is None else key_padding_mask[:, own]
+        output[:, :, own] = _window(q[:, :, own], k[:, :, own], v[:, :, own], mask, window, causal)
+    return output
 
 
 def _window(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, window: int, causal: bool) -> Tensor:

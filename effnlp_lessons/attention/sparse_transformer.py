@@ -194,16 +194,19 @@ def _fixed_merged(
     block = min(stride, length)
     real = real_tokens(key_padding_mask, length, q.device)
     chosen = _summary_positions(length, stride, summary, q.device)
-    far_k, far_v = k.index_select(2, chosen), v.index_select(2, chosen)
-    q, k, v = (pad_to_multiple(x, block).unflatten(2, (-1, block)) for x in (q, k, v))
-    past = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
+    queries, own_k, own_v = (pad_to_multiple(x, block).unflatten(2, (-1, block)) for x in (q, k, v))
     own_real = pad_to_multiple(real, block, dim=1).unflatten(1, (-1, block))
-    earlier = chosen // stride < torch.arange(q.shape[2], device=q.device)[:, None]  # (blocks, summaries)
-    # both tables as (batch, heads, blocks, block, keys)
-    scores = [attention_scores(q, k), attention_scores(q.flatten(2, 3), far_k).unflatten(2, (-1, block))]
-    allowed = [own_real[:, None, :, None, :] & past, real[:, None, None, None, chosen] & earlier[:, None]]
-    own, far = softmax_over_parts(scores, allowed)
-    return ((own @ v).flatten(2, 3) + far.flatten(2, 3) @ far_v)[:, :, :length]
+    blocks = queries.shape[2]
+    # every block reads all summaries, without those that are its own or later
+    keys, values = (
+        torch.cat([own, x.index_select(2, chosen).unsqueeze(2).expand(-1, -1, blocks, -1, -1)], dim=3)
+        for own, x in ((own_k, k), (own_v, v))
+    )
+    past = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
+    earlier = chosen // stride < torch.arange(blocks, device=q.device)[:, None]  # (blocks, summaries)
+    near = own_real[:, None, :, None, :] & past
+    far = (real[:, None, chosen] & earlier)[:, None, :, None, :].expand(-1, -1, -1, block, -1)
+    return attend(queries, keys, values, torch.cat([near, far], dim=-1)).flatten(2, 3)[:, :, :length]
 
 
 # ------------------------------------------------------------------------------------------ the two attentions

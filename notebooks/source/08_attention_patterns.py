@@ -730,7 +730,7 @@ if reveal("patterns.faster") is not None:
 #
 # At 256 tokens a window of 128 to each side is three quarters of all pairs, and gathering costs. The fused kernel also never
 # makes the table, so **against it a pattern saves time, not memory**: the printed numbers say so. Users ask again and again why
-# their Longformer is not faster than BERT (for one, transformers issue 8725, at 1,536 tokens on a CPU). At such lengths there
+# their Longformer is not faster than BERT (for one, transformers #8725, at 1,536 tokens on a CPU). At such lengths there
 # is little to save; `make bench` shows that implementations differ, too.
 # </details>
 
