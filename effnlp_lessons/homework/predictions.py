@@ -1,24 +1,14 @@
 """Predict, then see: a guess is stored before the result is shown, and drawn beside it afterwards.
 
-A guess is one small file, `EFFNLP_HOME/guesses/ID.json` (by default in the folder `.progress` of the
-checkout): it lasts between notebooks, and two open notebooks cannot overwrite each other's. Where the folder
-cannot be written, guesses last as long as the kernel. With `EFFNLP_GUESSES=recorded` in the environment
+A guess lasts between notebooks (see `effnlp_lessons.progress`). With `EFFNLP_GUESSES=recorded` in the environment
 (builds and tests) `predict(id, None)` takes the recorded guess, and nothing is written.
 """
 
-import contextlib
-import json
-import os
-import tempfile
-from pathlib import Path
-from typing import Any
-
+from effnlp_lessons import progress
 from effnlp_lessons.homework.exercise import HomeworkError, Prediction
 from effnlp_lessons.homework.lectures import find_prediction
-from effnlp_lessons.paths import ROOT
 
 _guesses: dict[str, float | str] = {}  # of this kernel
-_told_unwritable: set[Path] = set()
 
 
 def predict(id: str, value: float | str | None = None) -> None:
@@ -29,7 +19,7 @@ def predict(id: str, value: float | str | None = None) -> None:
     """
     prediction = find_prediction(id)
     if value is None:
-        if _recorded():
+        if progress.recorded():
             _guesses[id] = prediction.recorded
             print(f"{prediction.question}\nRecorded guess: {_words(prediction, prediction.recorded)}")
         else:
@@ -39,7 +29,7 @@ def predict(id: str, value: float | str | None = None) -> None:
     if guess is None:
         raise HomeworkError(f"{id} takes {prediction.allowed()}; got {value!r}")
     _guesses[id] = guess
-    _store(id, guess)
+    progress.store("guesses", id, {"guess": guess})
     print(f"{prediction.question}\nYour guess: {_words(prediction, guess)}. Run the next cells to see.")
 
 
@@ -59,7 +49,9 @@ def reveal(id: str) -> float | str | None:
 def _guess(prediction: Prediction) -> float | str | None:
     if prediction.id in _guesses:
         return _guesses[prediction.id]
-    return prediction.recorded if _recorded() else _load(prediction)
+    if progress.recorded():
+        return prediction.recorded
+    return progress.load("guesses", prediction.id, lambda content: prediction.accept(content["guess"]))
 
 
 def _ask(prediction: Prediction) -> None:
@@ -73,58 +65,3 @@ def _ask(prediction: Prediction) -> None:
 
 def _words(prediction: Prediction, guess: float | str) -> str:
     return guess if isinstance(guess, str) else f"{guess:,} {prediction.unit}"
-
-
-def _recorded() -> bool:
-    return os.environ.get("EFFNLP_GUESSES") == "recorded"
-
-
-# ----------------------------------------------------------------------------- the files
-
-
-def _file(id: str) -> Path:
-    home = Path(os.environ.get("EFFNLP_HOME") or ROOT / ".progress")
-    return home / "guesses" / f"{id}.json"
-
-
-def _store(id: str, guess: float | str) -> None:
-    """Write the guess in one step: a reader sees the old file or the new one, never half of it."""
-    path = _file(id)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({"guess": guess}, file)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
-    except OSError:
-        if path.parent not in _told_unwritable:
-            _told_unwritable.add(path.parent)
-            print("Your progress folder cannot be written: guesses last until this notebook's kernel stops.")
-
-
-def _load(prediction: Prediction) -> float | str | None:
-    """The guess on file; None if there is none. A file that is no guess is renamed, and that is said."""
-    path = _file(prediction.id)
-    try:
-        text = path.read_text()
-    except OSError:
-        return None
-    except UnicodeDecodeError:
-        text = ""
-    guess = prediction.accept(_guess_in(text))
-    if guess is None:
-        with contextlib.suppress(OSError):
-            os.replace(path, path.with_suffix(".json.damaged"))
-        print(f"Your stored guess for {prediction.id} could not be read. It is now *.json.damaged.")
-    return guess
-
-
-def _guess_in(text: str) -> Any:
-    try:
-        return json.loads(text)["guess"]
-    except (ValueError, TypeError, KeyError):
-        return None

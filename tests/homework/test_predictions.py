@@ -1,10 +1,11 @@
 """Guesses: stored, revealed, kept between kernels, and never in the way."""
 
-import json
 import math
+from pathlib import Path
 
 import pytest
 
+from effnlp_lessons import progress
 from effnlp_lessons.homework import HomeworkError, predict, predictions, reveal
 from effnlp_lessons.homework.exercise import Prediction
 from effnlp_lessons.homework.lectures import all_predictions
@@ -21,7 +22,7 @@ def home(tmp_path, monkeypatch):
 
 def new_kernel():
     predictions._guesses.clear()
-    predictions._told_unwritable.clear()
+    progress._told_unwritable.clear()
 
 
 def test_a_guess_is_revealed_in_this_kernel_and_in_the_next(home, capsys):
@@ -124,11 +125,12 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_memory_serves(tmp_path
 def test_a_write_that_breaks_off_leaves_the_old_guess(home, monkeypatch, capsys):
     predict("start.share", 40)
 
-    def breaks_off(guess, file):
-        file.write('{"gu')
+    def breaks_off(file, text, **_):
+        with file.open("w") as half:
+            half.write(text[:4])
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dump", breaks_off)
+    monkeypatch.setattr(Path, "write_text", breaks_off)
     predict("start.share", 50)
     assert "cannot be written" in capsys.readouterr().out
     assert [path.name for path in (home / "guesses").iterdir()] == ["start.share.json"]
