@@ -107,5 +107,6 @@ def softmax_over_parts(scores: list[Tensor], allowed: list[Tensor]) -> list[Tens
         The weights, cut into the same tables: together they sum to 1, or to 0 for a query without any key.
     """
     sizes = [table.shape[-1] for table in scores]
-    masks = [mask.expand(table.shape) for table, mask in zip(scores, allowed, strict=True)]
+    rows = torch.broadcast_shapes(*(mask.shape[:-1] for mask in allowed))  # not more: heads may share a mask
+    masks = [mask.expand(*rows, size) for mask, size in zip(allowed, sizes, strict=True)]
     return list(masked_softmax(torch.cat(scores, dim=-1), torch.cat(masks, dim=-1)).split(sizes, dim=-1))
