@@ -144,7 +144,7 @@ def test_equals_a_softmax_over_each_list(data):
         plan = random_plan(heads, blocks, random_blocks, seed=5)
         settings_ = {"random_blocks": random_blocks, "seed": 5}
     ours = bigbird_attention(q, k, v, real, block=block, **settings_)
-    assert torch.allclose(ours, by_lists(q, k, v, real, block, plan), atol=1e-10)
+    assert torch.allclose(ours, by_lists(q, k, v, real, block, plan), rtol=1e-10, atol=1e-10)
     ours = bigbird_attention(q.float(), k.float(), v.float(), real, block=block, **settings_)
     assert torch.allclose(ours.double(), by_lists(q, k, v, real, block, plan), atol=1e-5)
 
@@ -175,13 +175,13 @@ def test_gradients_equal_those_of_dense_attention_and_stay_finite_without_any_re
     inputs = [x.requires_grad_() for x in qkv(3, 2, length, 4, torch.float64)]
     ours = bigbird_attention(*inputs, real, block=block, plan=plan)
     theirs = dense(*inputs)
-    assert torch.allclose(ours, theirs, atol=1e-10)
+    assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
     upstream = random(*ours.shape).double()
     for a, b in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
     ):
         assert torch.isfinite(a).all()
-        assert torch.allclose(a, b, atol=1e-10)
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_half_precision():
@@ -296,6 +296,7 @@ def test_never_makes_a_table_of_all_pairs():
         method = functools.partial(bigbird_attention, block=16, random_blocks=3)
         ratios.append(largest_storage(method, *qkv(1, heads, length, 16)) / (heads * length**2))
     assert ratios[0] < 0.5
+    # not exactly half: what is added at the ends of the text does not grow with it
     assert ratios[1] == pytest.approx(ratios[0] / 2, rel=0.1)
 
 

@@ -129,9 +129,9 @@ def test_equals_the_definition_of_all_pairs(data):
     contexts = torch.randint(-1, 2, (batch, length), generator=generator) * data.draw(st.integers(0, 1))
     with torch.no_grad():
         expected = by_definition(mixer, x, real, contexts)
-        assert torch.allclose(mixer(x, real, context_ids=contexts)[0], expected, atol=1e-10)
+        assert torch.allclose(mixer(x, real, context_ids=contexts)[0], expected, rtol=1e-10, atol=1e-10)
         if (contexts == 0).all():
-            assert torch.allclose(mixer(x, real)[0], expected, atol=1e-10)
+            assert torch.allclose(mixer(x, real)[0], expected, rtol=1e-10, atol=1e-10)
         single = mixer.float()(x.float(), real, context_ids=contexts)[0]
         assert torch.allclose(single.double(), expected, atol=1e-5)
 
@@ -149,7 +149,7 @@ def test_gradients_equal_those_of_the_definition(long_length):
     ours = torch.autograd.grad(y, inputs, upstream)
     for a, b in zip(ours, torch.autograd.grad(expected, inputs, upstream), strict=True):
         assert torch.isfinite(a).all()
-        assert torch.allclose(a, b, atol=1e-10)
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_padded_rows_give_the_bias_of_their_output_projection():
@@ -255,7 +255,7 @@ def test_contexts_have_no_order():
         [torch.arange(contexts).repeat_interleave(global_each), torch.arange(contexts).repeat_interleave(long_each)]
     ).expand(2, -1)
     plain = mixer(x, context_ids=ids)[0]
-    assert torch.allclose(mixer(x[:, shuffled], context_ids=ids)[0], plain[:, shuffled], atol=1e-12)
+    assert torch.allclose(mixer(x[:, shuffled], context_ids=ids)[0], plain[:, shuffled], rtol=1e-12, atol=1e-12)
     # without ids the order is seen
     assert (mixer(x[:, shuffled])[0] - mixer(x)[0][:, shuffled]).abs().max() > 1e-2
 
@@ -283,6 +283,7 @@ def test_never_makes_a_table_of_all_pairs():
 
         ratios.append(largest_storage(method, random(1, length, 32)) / (4 * length**2))
     assert ratios[0] < 0.5
+    # not exactly half: what is added at the ends of the text does not grow with it
     assert ratios[1] == pytest.approx(ratios[0] / 2, rel=0.1)
 
 

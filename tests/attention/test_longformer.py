@@ -286,6 +286,7 @@ def test_window_makes_no_table_of_all_pairs(settings):
         largest = largest_storage(lambda *x: window_attention(*x, **settings), *inputs)
         shares.append(largest / (4 * length**2))
     assert shares[0] < 0.5
+    # not exactly half: what is added at the ends of the text does not grow with it
     assert shares[1] == pytest.approx(shares[0] / 2, rel=0.1)
 
 
@@ -295,6 +296,7 @@ def test_mixer_makes_no_table_of_all_pairs():
         largest = largest_storage(lambda x: mixer(x)[0], random(1, length, 24))
         shares.append(largest / (4 * length**2))
     assert shares[0] < 0.5
+    # not exactly half: what is added at the ends of the text does not grow with it
     assert shares[1] == pytest.approx(shares[0] / 2, rel=0.1)
 
 
