@@ -1,6 +1,7 @@
-"""The two trained models of the course: MiniLM-L6 as published, and the teacher, MiniLM on movie reviews.
+"""The trained models of the course: MiniLM-L6 and MiniLM-L3 as published, and the teacher, MiniLM on movie reviews.
 
-MiniLM-L6 is all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957; Reimers and Gurevych 2019, 1908.10084).
+MiniLM-L6 is all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957; Reimers and Gurevych 2019, 1908.10084). MiniLM-L3
+is paraphrase-MiniLM-L3-v2, a compact model of the same width and vocabulary, published as an ONNX graph.
 The teacher is MiniLM plus a small difference, kept in `data/checkpoints/teacher.safetensors`: for every
 linear layer a low-rank product W + up @ down (Hu et al. 2021, LoRA, 2106.09685), and the new head whole.
 It was trained by `python -m effnlp_lessons.studies teacher`.
@@ -8,6 +9,7 @@ It was trained by `python -m effnlp_lessons.studies teacher`.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,12 @@ from torch import Tensor
 from effnlp_lessons import paths
 from effnlp_lessons.datasets import sources
 from effnlp_lessons.heads import SentenceClassifier
-from effnlp_lessons.transformer import MINILM_L6, Encoder, MixerFactory
+from effnlp_lessons.transformer import MINILM_L6, Encoder, MixerFactory, TransformerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+MINILM_L3 = TransformerConfig(layers=3, pooler=False)
 
 # transformers' BERT names, piece by piece -> ours
 BERT_NAMES = {
@@ -70,6 +74,52 @@ def load_minilm(
     state = rename_bert_state(load_file(sources.path("minilm", "model.safetensors")))
     encoder.load_state_dict(state, strict=token_mixer is None and channel_mixer is None)
     return encoder.eval()
+
+
+def load_minilm_l3() -> Encoder:
+    """MiniLM-L3 with its published weights (float32), in evaluation mode. It has no pooler: none was published.
+
+    Raises:
+        SourceError: if the weights were not prepared yet.
+    """
+    state = bert_state_of_onnx(sources.path("minilm_l3", "paraphrase-MiniLM-L3-v2.onnx"))
+    encoder = Encoder(MINILM_L3)
+    encoder.load_state_dict(rename_bert_state(state))
+    return encoder.eval()
+
+
+def bert_state_of_onnx(file: Path) -> dict[str, Tensor]:
+    """The weights in an ONNX graph of a sentence encoder, under the names of transformers' `BertModel`.
+
+    A linear layer x Wᵀ + b stands there as Add(b, MatMul(x, M)). M = Wᵀ has lost its name, b has kept it.
+
+    Raises:
+        ValueError: if a tensor is not used exactly once, or a matrix cannot be named through its bias.
+    """
+    import onnx.numpy_helper  # here, since nothing else needs it
+
+    graph = onnx.load(file).graph
+    tensors = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input if name in tensors)
+    for name in tensors:
+        if uses[name] != 1:
+            raise ValueError(f"every tensor of {file.name} must be used once, {name!r} is used {uses[name]} times")
+    products = {}  # output of a MatMul -> its matrix
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            products[node.output[0]] = node.input[1]
+    weights = {}  # matrix -> name of W
+    for node in graph.node:
+        if node.op_type == "Add":
+            biases = [name for name in node.input if name in tensors and name.endswith(".bias")]
+            matrices = [products[name] for name in node.input if name in products]
+            if biases and matrices:
+                weights[matrices[0]] = biases[0].removesuffix("bias") + "weight"
+    unnamed = sorted(set(products.values()) - set(weights))
+    if unnamed:
+        raise ValueError(f"every matrix of {file.name} must have a bias added to its product, {unnamed[0]!r} has none")
+    state = {weights.get(name, name): tensor.T if name in weights else tensor for name, tensor in tensors.items()}
+    return {name.partition("auto_model.")[2]: tensor for name, tensor in state.items()}
 
 
 def teacher_path() -> Path:

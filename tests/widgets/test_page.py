@@ -94,6 +94,15 @@ def test_dots_stand_at_their_medians():
         dots({"a": {"mass": (1, 1, 1)}, "b": {}}, caption="Look.")
 
 
+def test_dots_that_lie_close_can_begin_where_they_are():
+    rows = {"a": {"right": (90.0, 89.0, 91.0)}, "b": {"right": (92.0, 91.0, 93.0)}}
+    far, near = (displayed(lambda z=z: dots(rows, from_zero=z, caption="Look."))[0] for z in (True, False))
+    columns = [(pixels == [0x00, 0x72, 0xB2]).all(-1).nonzero()[1] for pixels in (far, near)]
+    # the two dots are 2 points apart: a small part of an axis from 0, half of one from 89
+    assert columns[0].max() - columns[0].min() < 0.2 * far.shape[1]
+    assert columns[1].max() - columns[1].min() > 0.3 * near.shape[1]
+
+
 def test_head_grid_letters_every_head():
     pixels, alt, _ = displayed(lambda: head_grid(["x", "y", "y", "y"], layers=2, caption="Look."))
     assert alt == "A grid of 2 layers and 2 heads. Heads by name: y 3, x 1."
