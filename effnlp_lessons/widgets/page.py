@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from IPython.display import Markdown, display
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 from torch import Tensor
@@ -128,6 +128,26 @@ def attention_maps(
         alt=f"Attention weights by head. Most looked-at token of each, mean share: {favourites}.",
         caption=caption,
     )
+
+
+def images(pictures: dict[str, UInt8[Tensor, "height width"]], caption: str) -> None:
+    """Display small pictures side by side, 0 white and 255 black, each under its name.
+
+    Raises:
+        ValueError: no pictures, or one that is not two-dimensional.
+    """
+    if not pictures or any(picture.ndim != 2 for picture in pictures.values()):
+        raise ValueError("pictures must hold at least one tensor (height, width), and nothing else")
+    with course_style():
+        figure = new_figure(1.6 * len(pictures), 1.9)
+        for axes, (name, picture) in zip(
+            figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items(), strict=True
+        ):
+            axes.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(name, fontsize=10)
+            axes.set(xticks=[], yticks=[])
+            axes.grid(visible=False)
+    show(figure, alt=f"Small pictures: {', '.join(pictures)}.", caption=caption)
 
 
 def pattern_maps(masks: dict[str, Bool[Tensor, "queries keys"]], caption: str) -> None:

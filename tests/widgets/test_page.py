@@ -11,7 +11,7 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from effnlp_lessons.measure import block_macs
-from effnlp_lessons.widgets.page import attention_maps, bars, dots, head_grid, lines, pattern_maps, show_source
+from effnlp_lessons.widgets.page import attention_maps, bars, dots, head_grid, images, lines, pattern_maps, show_source
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,6 +101,18 @@ def test_dots_that_lie_close_can_begin_where_they_are():
     # the two dots are 2 points apart: a small part of an axis from 0, half of one from 89
     assert columns[0].max() - columns[0].min() < 0.2 * far.shape[1]
     assert columns[1].max() - columns[1].min() > 0.3 * near.shape[1]
+
+
+def test_images_show_their_ink():
+    empty, full = torch.zeros(2, 6, 6, dtype=torch.uint8)
+    full += 255
+    pixels, alt, _ = displayed(lambda: images({"a 2": empty, "a 7": full}, caption="Look."))
+    assert alt == "Small pictures: a 2, a 7."
+    dark = (pixels < 10).all(-1).nonzero()[1]
+    right = (dark > pixels.shape[1] / 2).sum()
+    assert right > 1_000 and right > 10 * (len(dark) - right)  # the left half has its title alone
+    with pytest.raises(ValueError, match="height, width"):
+        images({}, caption="Look.")
 
 
 def test_head_grid_letters_every_head():

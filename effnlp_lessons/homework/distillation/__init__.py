@@ -33,7 +33,7 @@ PREDICTIONS = (
     ),
     Prediction(
         id="distillation.threes",
-        question="A student of soft targets at T = 8 never saw a 3: how many of the test 3s does it get right?",
+        question="A student of soft targets at T = 8 never saw a 3: how many of the test 3s are right as trained?",
         unit="per cent",
         low=0,
         high=100,
@@ -47,8 +47,8 @@ PREDICTIONS = (
     ),
     Prediction(
         id="distillation.start",
-        question="Which start gives the best two-layer student after distillation?",
-        choices=("random", "truncated", "well-read"),
-        recorded="well-read",
+        question="Two layers, distilled with soft answers: truncated blocks, compared with random ones, are",
+        choices=("better", "worse", "alike"),
+        recorded="better",
     ),
 )

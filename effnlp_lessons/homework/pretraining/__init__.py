@@ -34,7 +34,7 @@ PREDICTIONS = (
     Prediction(
         id="pretraining.mapping",
         question="Which strategy of mapping three layers to six gives the best agreement with the teacher?",
-        choices=("uniform", "top", "bottom"),
+        choices=("uniform", "top", "bottom", "tie"),
         recorded="uniform",
     ),
     Prediction(
