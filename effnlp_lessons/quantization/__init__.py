@@ -1,0 +1,1 @@
+"""Quantization: weights and activations in a few bits; one paper, one module."""
