@@ -83,6 +83,47 @@ def lines(
     show(figure, alt=f"{y_label} against {x_label}, {x[0]:,g} to {x[-1]:,g}: {ends}.", caption=caption)
 
 
+def curves(
+    x: Sequence[float],
+    series: dict[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    caption: str,
+    marks: dict[str, float] | None = None,
+    points: bool = False,
+    log_y: bool = False,
+) -> None:
+    """Display curves over one plain axis, one number a point.
+
+    Args:
+        series: `{name: [point]}`, each as long as `x`.
+        marks: `{name: x}`, vertical lines with their names above.
+        points: mark every point of a curve.
+        log_y: a logarithmic vertical axis.
+
+    Raises:
+        ValueError: no series, or one of another length than `x`.
+    """
+    if not series or any(len(values) != len(x) for values in series.values()):
+        raise ValueError(f"series must hold {len(x)} points each, as many as x")
+    with course_style():
+        figure = new_figure(7.5, 3.8)
+        axes = figure.subplots()
+        for place, (name, values) in enumerate(series.items()):
+            color, style = PALETTE[place % len(PALETTE)], ("-", "--", ":", "-.")[place % 4]
+            axes.plot(x, values, color=color, linestyle=style, marker="o" if points else None, markersize=4, label=name)
+        for place, (name, at) in enumerate((marks or {}).items()):
+            axes.axvline(at, color=GREY, linewidth=1)
+            axes.annotate(f"{name} {at:.3g}", (at, 0.98 - 0.07 * (place % 4)), xycoords=("data", "axes fraction"),
+                          xytext=(3, 0), textcoords="offset points", fontsize=8, va="top")  # fmt: skip
+        axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+        axes.legend(fontsize=8)
+    ends = ", ".join(f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, values in series.items())
+    at = "".join(f"; {name} at {value:.3g}" for name, value in (marks or {}).items())
+    show(figure, alt=f"{y_label} against {x_label}, {x[0]:.3g} to {x[-1]:.3g}: {ends}{at}.", caption=caption)
+
+
 def attention_maps(
     weights: Float[Tensor, "heads length length"],
     tokens: list[str],

@@ -11,7 +11,7 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from effnlp_lessons.measure import block_macs
-from effnlp_lessons.widgets.page import attention_maps, bars, dots, head_grid, images, lines, pattern_maps, show_source
+from effnlp_lessons.widgets.page import attention_maps, bars, curves, dots, head_grid, images, lines, pattern_maps, show_source
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +52,19 @@ def test_lines_say_where_they_go():
         lines([1, 2], {"a": [[1, 2], [1]]}, **call)
     with pytest.raises(ValueError, match="runs of 2 points"):
         lines([1, 2], {}, **call)
+
+
+def test_curves_say_where_they_go_and_mark_places():
+    call = {"x_label": "clip", "y_label": "error", "caption": "Look."}
+    pixels, alt, _ = displayed(lambda: curves([1, 2, 3], {"a": [4, 1, 2], "b": [9, 9, 9]}, marks={"best": 2}, **call))
+    assert pixels.std() > 0
+    assert alt == "error against clip, 1 to 3: a from 4 to 2, b from 9 to 9; best at 2."
+    plain, _, _ = displayed(lambda: curves([1, 2, 3], {"a": [4, 1, 2], "b": [9, 9, 9]}, **call))
+    assert plain.shape != pixels.shape or (plain != pixels).any()  # the mark is drawn
+    with pytest.raises(ValueError, match="3 points each"):
+        curves([1, 2, 3], {"a": [1, 2]}, **call)
+    with pytest.raises(ValueError, match="3 points each"):
+        curves([1, 2, 3], {}, **call)
 
 
 def test_attention_maps_show_the_weights():
