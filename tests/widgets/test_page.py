@@ -11,7 +11,17 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from effnlp_lessons.measure import block_macs
-from effnlp_lessons.widgets.page import attention_maps, bars, curves, dots, head_grid, images, lines, pattern_maps, show_source
+from effnlp_lessons.widgets.page import (
+    attention_maps,
+    bars,
+    curves,
+    dots,
+    head_grid,
+    images,
+    lines,
+    pattern_maps,
+    show_source,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
