@@ -1,0 +1,262 @@
+"""I-BERT: GELU, softmax and layer norm with integers alone (Kim et al. 2021, arXiv 2101.01321, sec. 3).
+
+A polynomial of degree two needs an addition and a square, also on codes: with x = S q and whole numbers q_b, q_c,
+
+    a (x + b)^2 + c  =  a S^2 [(q + q_b)^2 + q_c],     q_b = floor(b / S),  q_c = floor(c / (a S^2))          (Alg. 1)
+    erf(x)   ~  sgn(x) [a (min(|x|, -b) + b)^2 + 1],   a = -0.2888, b = -1.769                               (Eq. 8)
+    exp(x)    =  2^-z exp(p),  z = floor(-x / ln 2),  p = x + z ln 2 in (-ln 2, 0],  x <= 0                  (Eq. 11)
+    exp(p)   ~  0.3585 (p + 1.353)^2 + 0.344                                                                 (Eq. 13)
+    sqrt(n):    x <- floor((x + floor(n / x)) / 2), from a power of two not below sqrt(n), while it falls    (Alg. 4)
+
+A module knows its input's scale from the start and keeps whole numbers only, as buffers. `forward` takes and gives
+integer codes and makes no float on the way; `output_scale` (float64, never read in `forward`) says what they stand for.
+
+NOTE the released code holds its integers in float tensors, clamps weights to -127 .. 126, rounds sqrt(2) to 1.4142,
+shifts the erf by a constant 14 bits, which destroys it at coarse scales, and divides a norm's bias by its weight, which
+may be 0. Here the codes are int32, shifts are chosen by the scale, and a bias is added on the output's scale.
+NOTE the released code's exponential has finer coefficients than the paper prints; ours has them by default.
+NOTE in 32 bits the paper's reciprocal 2^32 / sum of a softmax is 2^31 / sum. A norm's sum of squares and reciprocal have
+64 bits here: the paper shifts the numbers to the right until 32 are enough.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from effnlp_lessons.quantization.fixed_point import INT32_MAX, INT32_MIN, quantize_multiplier, requantize
+
+ERF = (-0.2888, -1.769)  # a, b; c = 1
+EXP_PRINTED = (0.3585, 1.353, 0.344)  # a (p + b)^2 + c as the paper prints it
+# the released code's a p^2 + b p + 1, as a (p + b)^2 + c
+EXP_RELEASED = (0.35815147, 0.96963238 / 0.35815147 / 2, 1 - 0.96963238**2 / 0.35815147 / 4)
+
+
+def _check_scale(scale: float) -> float:
+    scale = float(scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    return scale
+
+
+def _check_codes(q: Tensor) -> None:
+    if q.dtype != torch.int32:
+        raise ValueError(f"codes must be int32, got {q.dtype}")
+
+
+class _IntegerModule(nn.Module):
+    """Whole numbers as int32 buffers, so that a file holds all that `forward` needs."""
+
+    def __init__(self, output_scale: float, **constants: int) -> None:
+        super().__init__()
+        self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
+        for name, value in constants.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int32))
+
+
+def polynomial_constants(a: float, b: float, c: float, scale: float) -> tuple[int, int, float]:
+    """(q_b, q_c, output scale a S^2) of a (x + b)^2 + c for codes of the scale S (Alg. 1).
+
+    Raises:
+        ValueError: a scale that is not positive, or a = 0.
+    """
+    scale = _check_scale(scale)
+    if a == 0:
+        raise ValueError("a must not be 0: the polynomial has degree two")
+    return math.floor(b / scale), math.floor(c / (a * scale**2)), a * scale**2
+
+
+def integer_polynomial(q: Int[Tensor, "*shape"], q_b: int | Tensor, q_c: int | Tensor) -> Int[Tensor, "*shape"]:
+    """(q + q_b)^2 + q_c, in q's dtype: the caller sees to it that it fits."""
+    shifted = q + q_b
+    return shifted * shifted + q_c
+
+
+def integer_sqrt(n: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """floor(sqrt(n)) of int32 or int64 by Newton's iteration (Alg. 4), the same dtype.
+
+    From the power of two next above the root at most six steps are needed, even for 63 bits.
+
+    Raises:
+        ValueError: another dtype, or a negative number.
+    """
+    if n.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"n must be int32 or int64, got {n.dtype}")
+    if (n < 0).any():
+        raise ValueError("n must not be negative")
+    powers = torch.tensor([4**k for k in range(4 * n.itemsize)], dtype=n.dtype, device=n.device)
+    positive = n.clamp(min=1)
+    x = torch.ones_like(n) << torch.bucketize(positive, powers).to(n.dtype)  # x^2 >= n
+    while True:
+        # x <- floor((x + floor(n / x)) / 2)
+        following = (x + torch.div(positive, x, rounding_mode="trunc")) >> 1
+        if not (following < x).any():
+            return torch.minimum(x, n)  # 0 where n is 0
+        x = torch.minimum(x, following)
+
+
+class IntegerGelu(_IntegerModule):
+    """GELU(x) = x / 2 (1 + erf(x / sqrt 2)) on int32 codes of the scale S within -65,535 .. 65,535 (Alg. 2).
+
+    Largest error for a fine scale 0.018, near |x| = 2.5, and a root mean square of 0.0082 on [-4, 4]. The result has
+    the size of x and up to 31 bits: it is meant to be requantized.
+
+    Raises:
+        ValueError: a scale below 8.1e-5, at which twice the square would leave 32 bits, or above 1.
+    """
+
+    def __init__(self, scale: float) -> None:
+        scale = _check_scale(scale)
+        a, b = ERF
+        # sgn(q) a S^2 [(|q| + q_b)^2 + q_c], with a < 0: one = -q_c stands for 1
+        q_b, q_c, erf_scale = polynomial_constants(a, b, 1.0, scale / math.sqrt(2))
+        shift = max(0, (-q_c).bit_length() - 14)  # 16 bits times 2 * 14 bits: an int32
+        half = 2**shift // 2
+        if half - 2 * q_c > INT32_MAX or scale > 1:
+            raise ValueError(f"scale must be in 8.1e-5 .. 1, got {scale}")
+        # one_and_half: 1 for 1 + erf, and a half so that the shift rounds
+        super().__init__(-scale * erf_scale * 2**shift / 2, q_b=q_b, q_c=q_c, one_and_half=half - q_c, shift=shift)
+
+    def forward(self, q: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """int32 codes of the GELU, of `output_scale`.
+
+        Raises:
+            ValueError: codes that are not int32.
+        """
+        _check_codes(q)
+        magnitude = torch.minimum(q.abs(), -self.q_b)
+        erf = -q.sign() * integer_polynomial(magnitude, self.q_b, self.q_c)
+        return q * ((self.one_and_half + erf) >> self.shift)
+
+
+class IntegerExp(_IntegerModule):
+    """exp(x) of int32 codes x <= 0 of the scale S, as codes of 16 bits: 0 .. 65,535 (Alg. 3, i-exp).
+
+    Codes above 0 have no meaning here.
+
+    Raises:
+        ValueError: a scale below 5.2e-5, at which the square would leave 30 bits, or above ln 2.
+    """
+
+    def __init__(self, scale: float, coefficients: tuple[float, float, float] = EXP_RELEASED) -> None:
+        scale = _check_scale(scale)
+        q_b, q_c, exp_scale = polynomial_constants(*coefficients, scale)
+        q_ln2 = math.floor(math.log(2) / scale)
+        left = 30 - (q_b**2 + q_c).bit_length()  # exp(0), the largest, fills 30 bits
+        if left < 0 or q_ln2 < 1:
+            raise ValueError(f"scale must be in 5.2e-5 .. ln 2, got {scale}")
+        super().__init__(exp_scale * 2.0 ** (14 - left), q_b=q_b, q_c=q_c, q_ln2=q_ln2, left=left)
+
+    def forward(self, q: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """int32 codes of exp, of `output_scale`.
+
+        Raises:
+            ValueError: codes that are not int32.
+        """
+        _check_codes(q)
+        # z = floor(-x / ln 2), from 17 on the result is 0;  p = x + z ln 2
+        z = torch.div(-q, self.q_ln2, rounding_mode="trunc").clamp_(max=17)
+        p = torch.maximum(q + z * self.q_ln2, -self.q_ln2)
+        return (integer_polynomial(p, self.q_b, self.q_c) << self.left) >> (z + 14)
+
+
+class IntegerSoftmax(_IntegerModule):
+    """softmax over the last dimension of int32 codes of the scale S, as codes 0 .. 2^bits - 1 of the scale 2^-bits.
+
+    A row's weights add up to less than 1: each is rounded down, and loses half a code in the mean.
+
+    Raises:
+        ValueError: a scale out of the range of `IntegerExp`, `output_bits` outside 2 .. 16.
+    """
+
+    def __init__(self, scale: float, output_bits: int = 8) -> None:
+        if not 2 <= output_bits <= 16:
+            raise ValueError(f"output_bits must be in 2 .. 16, got {output_bits}")
+        super().__init__(2.0**-output_bits, shift=31 - output_bits)
+        self.exp = IntegerExp(scale)
+
+    def forward(
+        self, q: Int[Tensor, "*rows keys"], allowed: Bool[Tensor, "*#rows keys"] | None = None
+    ) -> Int[Tensor, "*rows keys"]:
+        """int32 codes of the weights; exactly 0 where not `allowed`, and everywhere in a row that allows nothing.
+
+        Codes must lie within -2^30 .. 2^30, and there may be 32,768 keys.
+
+        Raises:
+            ValueError: codes that are not int32.
+        """
+        _check_codes(q)
+        lowest = -(2**30)
+        masked = q if allowed is None else q.masked_fill(~allowed, lowest)
+        exp = self.exp((masked - masked.amax(-1, keepdim=True)).clamp_(min=lowest))
+        if allowed is not None:
+            exp = exp.masked_fill_(~allowed, 0)
+        total = exp.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1)
+        # exp <= total, so exp floor((2^31 - 1) / total) is an int32
+        reciprocal = torch.div(torch.full_like(total, INT32_MAX), total, rounding_mode="trunc")
+        return (exp * reciprocal) >> self.shift
+
+
+class IntegerLayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, int32 codes to int32 codes.
+
+    The input's scale cancels, except in eps. Buffers: a multiplier and a shift of fixed point and a bias per channel,
+    all on the output's scale.
+
+    Args:
+        weight, bias: the norm's parameters, float (d_model).
+        eps: added to the variance, on the input's real scale.
+        scale: S of the input codes, which must lie within -2^24 .. 2^24.
+        output_scale: S of the result.
+
+    Raises:
+        ValueError: scales that are not positive, parameters that are no vectors of one length, or so large that they
+            do not fit the output's scale.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, " d_model"],
+        bias: Float[Tensor, " d_model"],
+        eps: float,
+        scale: float,
+        output_scale: float,
+    ) -> None:
+        super().__init__()
+        if weight.ndim != 1 or weight.shape != bias.shape:
+            got = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            raise ValueError(f"weight and bias must be vectors of one length, got {got}")
+        scale, output_scale, width = _check_scale(scale), _check_scale(output_scale), len(weight)
+        weight, bias = weight.detach().double(), bias.detach().double()
+        codes = torch.round(bias / output_scale)
+        if not (codes.abs() < 2**30).all():
+            raise ValueError(f"bias must be finite and below 2^30 output_scale, got {bias.abs().max().item()}")
+        # y / sqrt(sum y^2) has the scale 2^-31, and times sqrt(width) it is normal; the weight may be negative or 0
+        factor = weight * math.sqrt(width) / 2**31 / output_scale
+        multiplier, shift = quantize_multiplier(factor.abs().clamp(min=2.0**-40))
+        self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
+        self.register_buffer("multiplier", multiplier * factor.sign().to(torch.int32))
+        self.register_buffer("shift", shift)
+        self.register_buffer("bias", codes.to(torch.int32))
+        self.register_buffer("eps", torch.tensor(math.floor(width * eps / scale**2), dtype=torch.int64))
+
+    def forward(self, q: Int[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows d_model"]:
+        """int32 codes of `output_scale`. A constant row gives the bias.
+
+        Raises:
+            ValueError: codes that are not int32.
+        """
+        _check_codes(q)
+        width = q.shape[-1]
+        # mean = round(sum / width), a half going up
+        total = 2 * q.sum(-1, keepdim=True) + width
+        y = q - torch.div(total, 2 * width, rounding_mode="floor").to(torch.int32)
+        squares = y.to(torch.int64).square_().sum(-1, keepdim=True) + self.eps
+        root = integer_sqrt(squares).clamp_(min=1)  # sqrt(width) standard deviations
+        # y / root in 31 bits, -1 .. 1 since |y| <= root + 1; 47 bits on the way, for a root may have 30 itself
+        reciprocal = torch.div(torch.full_like(root, 2**47), root, rounding_mode="trunc")
+        normal = ((y * reciprocal) >> 16).clamp_(INT32_MIN, INT32_MAX).to(torch.int32)
+        return requantize(normal, self.multiplier, self.shift, 0, -(2**30), 2**30) + self.bias
