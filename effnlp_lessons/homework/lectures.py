@@ -11,6 +11,7 @@ MODULES = {
     "patterns": "patterns",
     "distillation": "distillation",
     "pretraining": "pretraining",
+    "quantization": "quantization",
 }
 
 

@@ -81,7 +81,7 @@ def rounding_divide_by_pot(x: Int[Tensor, "*shape"], exponent: int | Int[Tensor,
         raise ValueError("exponent must be in 0 .. 31")
     mask = ((1 << exponent) - 1).to(torch.int32)
     threshold = (mask >> 1) + (x < 0)  # a half is above it only where x is positive
-    return (x >> exponent.to(torch.int32)) + (x & mask).gt_(threshold)
+    return (x >> exponent.to(torch.int32)) + (x & mask > threshold)
 
 
 def requantize(

@@ -1,9 +1,9 @@
 """Eigenvalues of a Hessian that is never written down: products H v by two backward passes, and iterations on them.
 
-    H v = d(gᵀ v) / dw,  g = dL / dw                         Pearlmutter 1994, "Fast exact multiplication by the Hessian"
-    v <- H v / |H v|,    lambda = vᵀ H v                     power iteration, as in Q-BERT (Shen et al. 2019, 1909.05840)
-    v <- (H + c I) v ... , lambda = vᵀ (H + c I) v - c       with a shift: the largest eigenvalue by sign
-    H Q = Q T + r eᵀ,    T tridiagonal                       Lanczos: both ends of the spectrum at once
+    H v = d(gᵀ v) / dw,   g = dL / dw           two backward passes (the idea of Pearlmutter 1994, Neural Computation 6)
+    v <- H v / |H v|,     lambda = vᵀ H v       power iteration, as in Q-BERT (Shen et al. 2019, arXiv 1909.05840)
+    v <- (H + c I) v / |(H + c I) v|            the same with a shift c: the largest eigenvalue by sign
+    H Q = Q T + r eᵀ,     T tridiagonal         Lanczos: both ends of the spectrum at once
 
 H has as many rows as the block has weights (1.8 million for a layer of MiniLM), so only v is ever held: one vector for
 the whole block, all its weight matrices and biases together. Normalised tensor by tensor it would be another iteration.
@@ -11,8 +11,8 @@ the whole block, all its weight matrices and biases together. Normalised tensor 
 NOTE power iteration finds the eigenvalue that is largest in absolute value. Where a fine-tuned model sits at a point of
 negative curvature this is a negative one. `power_iteration` keeps its sign; `largest_eigenvalue` and `lanczos` look
 for the largest by sign.
-NOTE the model must be in evaluation mode: with dropout every forward pass has another Hessian. Attention must be written
-out (`dense_attention`): torch's fused kernel for the CPU has no second derivative.
+NOTE the model must be in evaluation mode: with dropout every forward pass has another Hessian. Attention must
+be written out (`dense_attention`): torch's fused kernel for the CPU has no second derivative.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class Hessian:
 
     Raises:
         ValueError: a loss that is not a single number or has no graph, no parameters, or one that needs no gradient.
-        RuntimeError: an operation without a second derivative, such as torch's fused attention on the CPU.
     """
 
     def __init__(self, loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> None:
@@ -82,6 +81,7 @@ class Hessian:
 
         Raises:
             ValueError: `vectors` of other shapes.
+            RuntimeError: an operation without a second derivative, such as torch's fused attention on the CPU.
         """
         wanted, given = ([tuple(tensor.shape) for tensor in row] for row in (self.parameters, vectors))
         if given != wanted:

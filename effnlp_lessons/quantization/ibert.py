@@ -8,15 +8,18 @@ A polynomial of degree two needs an addition and a square, also on codes: with x
     exp(p)   ~  0.3585 (p + 1.353)^2 + 0.344                                                                 (Eq. 13)
     sqrt(n):    x <- floor((x + floor(n / x)) / 2), from a power of two not below sqrt(n), while it falls    (Alg. 4)
 
+    q' = floor((q m + 2^(c-1)) / 2^c): from the scale S to S', with S / S' ~ m / 2^c, a "dyadic" number
+
 A module knows its input's scale from the start and keeps whole numbers only, as buffers. `forward` takes and gives
 integer codes and makes no float on the way; `output_scale` (float64, never read in `forward`) says what they stand for.
 
 NOTE the released code holds its integers in float tensors, clamps weights to -127 .. 126, rounds sqrt(2) to 1.4142,
 shifts the erf by a constant 14 bits, which destroys it at coarse scales, and divides a norm's bias by its weight, which
 may be 0. Here the codes are int32, shifts are chosen by the scale, and a bias is added on the output's scale.
+NOTE a change of scale rounds once, as in the released code, and not twice as gemmlowp does (`fixed_point`).
 NOTE the released code's exponential has finer coefficients than the paper prints; ours has them by default.
-NOTE in 32 bits the paper's reciprocal 2^32 / sum of a softmax is 2^31 / sum. A norm's sum of squares and reciprocal have
-64 bits here: the paper shifts the numbers to the right until 32 are enough.
+NOTE in 32 bits the softmax's reciprocal 2^32 / sum is 2^31 / sum. A norm's sum of squares and its reciprocal have 64
+bits here: the paper shifts the numbers to the right until 32 are enough.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from effnlp_lessons.quantization.fixed_point import INT32_MAX, INT32_MIN, quantize_multiplier, requantize
+from effnlp_lessons.quantization.fixed_point import INT32_MAX, quantize_multiplier
 
 ERF = (-0.2888, -1.769)  # a, b; c = 1
 EXP_PRINTED = (0.3585, 1.353, 0.344)  # a (p + b)^2 + c as the paper prints it
@@ -98,6 +101,61 @@ def integer_sqrt(n: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         x = torch.minimum(x, following)
 
 
+def dyadic(
+    multiplier: float | Float[Tensor, "*channels"],
+) -> tuple[Int[Tensor, "*channels"], Int[Tensor, "*channels"]]:
+    """M ~ m / 2^c as (m, c), both int64, m of 31 bits.
+
+    Raises:
+        ValueError: M that is not positive, not finite, or 2^31 and more.
+    """
+    m, shift = quantize_multiplier(multiplier)
+    return m.to(torch.int64), shift.to(torch.int64) + 31
+
+
+class Rescale(nn.Module):
+    """int32 codes of one scale, or of one a channel, to clamped codes of another scale: clamp(Z + q m / 2^c).
+
+    Args:
+        scale: of the input, one or (channels,).
+        output_scale, zero_point: of the output.
+        q_min, q_max: the output's smallest and largest code; int8 where they allow it, else int32.
+
+    Raises:
+        ValueError: scales whose quotient is not positive, is 2^31 or more, or below 2^-23.
+    """
+
+    def __init__(
+        self,
+        scale: float | Float[Tensor, " channels"],
+        output_scale: float,
+        q_min: int,
+        q_max: int,
+        zero_point: int = 0,
+    ) -> None:
+        super().__init__()
+        m, c = dyadic(torch.as_tensor(scale, dtype=torch.float64) / _check_scale(output_scale))
+        if (c > 54).any():
+            raise ValueError(f"scale must be at least 2^-23 of output_scale, got {scale} and {output_scale}")
+        self.register_buffer("multiplier", m)
+        self.register_buffer("shift", c)
+        # a half, so that the shift rounds, and the zero point
+        self.register_buffer("offset", (torch.ones_like(c) << (c - 1)) + (zero_point << c))
+        self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
+        self.q_min, self.q_max = q_min, q_max
+        self.dtype = torch.int8 if q_min >= -128 and q_max <= 127 else torch.int32
+
+    def forward(self, q: Int[Tensor, "*rows channels"]) -> Int[Tensor, "*rows channels"]:
+        """Codes of the output's scale.
+
+        Raises:
+            ValueError: codes that are not int32.
+        """
+        _check_codes(q)
+        wide = q.to(torch.int64).mul_(self.multiplier).add_(self.offset).bitwise_right_shift_(self.shift)
+        return wide.clamp_(self.q_min, self.q_max).to(self.dtype)
+
+
 class IntegerGelu(_IntegerModule):
     """GELU(x) = x / 2 (1 + erf(x / sqrt 2)) on int32 codes of the scale S within -65,535 .. 65,535 (Alg. 2).
 
@@ -128,7 +186,8 @@ class IntegerGelu(_IntegerModule):
         """
         _check_codes(q)
         magnitude = torch.minimum(q.abs(), -self.q_b)
-        erf = -q.sign() * integer_polynomial(magnitude, self.q_b, self.q_c)
+        erf = -integer_polynomial(magnitude, self.q_b, self.q_c)
+        erf = torch.where(q < 0, -erf, erf)  # sgn; where q is 0 the product below is
         return q * ((self.one_and_half + erf) >> self.shift)
 
 
@@ -203,8 +262,7 @@ class IntegerSoftmax(_IntegerModule):
 class IntegerLayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, int32 codes to int32 codes.
 
-    The input's scale cancels, except in eps. Buffers: a multiplier and a shift of fixed point and a bias per channel,
-    all on the output's scale.
+    The input's scale cancels, except in eps. Weight and bias are put on the output's scale, one m / 2^c a channel.
 
     Args:
         weight, bias: the norm's parameters, float (d_model).
@@ -236,11 +294,12 @@ class IntegerLayerNorm(nn.Module):
             raise ValueError(f"bias must be finite and below 2^30 output_scale, got {bias.abs().max().item()}")
         # y / sqrt(sum y^2) has the scale 2^-31, and times sqrt(width) it is normal; the weight may be negative or 0
         factor = weight * math.sqrt(width) / 2**31 / output_scale
-        multiplier, shift = quantize_multiplier(factor.abs().clamp(min=2.0**-40))
+        multiplier, shift = dyadic(factor.abs().clamp(min=2.0**-40))
         self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
-        self.register_buffer("multiplier", multiplier * factor.sign().to(torch.int32))
+        self.register_buffer("multiplier", multiplier * factor.sign().to(torch.int64))
         self.register_buffer("shift", shift)
-        self.register_buffer("bias", codes.to(torch.int32))
+        self.register_buffer("offset", torch.ones_like(shift) << (shift - 1))  # a half
+        self.register_buffer("bias", codes.to(torch.int64))
         self.register_buffer("eps", torch.tensor(math.floor(width * eps / scale**2), dtype=torch.int64))
 
     def forward(self, q: Int[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows d_model"]:
@@ -250,13 +309,11 @@ class IntegerLayerNorm(nn.Module):
             ValueError: codes that are not int32.
         """
         _check_codes(q)
-        width = q.shape[-1]
+        width, q = q.shape[-1], q.to(torch.int64)
         # mean = round(sum / width), a half going up
-        total = 2 * q.sum(-1, keepdim=True) + width
-        y = q - torch.div(total, 2 * width, rounding_mode="floor").to(torch.int32)
-        squares = y.to(torch.int64).square_().sum(-1, keepdim=True) + self.eps
-        root = integer_sqrt(squares).clamp_(min=1)  # sqrt(width) standard deviations
-        # y / root in 31 bits, -1 .. 1 since |y| <= root + 1; 47 bits on the way, for a root may have 30 itself
-        reciprocal = torch.div(torch.full_like(root, 2**47), root, rounding_mode="trunc")
-        normal = ((y * reciprocal) >> 16).clamp_(INT32_MIN, INT32_MAX).to(torch.int32)
-        return requantize(normal, self.multiplier, self.shift, 0, -(2**30), 2**30) + self.bias
+        y = q - torch.div(2 * q.sum(-1, keepdim=True) + width, 2 * width, rounding_mode="floor")
+        root = integer_sqrt((y * y).sum(-1, keepdim=True) + self.eps).clamp_(min=1)  # sqrt(width) standard deviations
+        # y / root in 31 bits, -1 .. 1 since |y| < root + 1; 47 bits on the way, for a root may have 30 itself
+        y *= torch.div(torch.full_like(root, 2**47), root, rounding_mode="trunc")
+        y = y.bitwise_right_shift_(16).mul_(self.multiplier).add_(self.offset)
+        return y.bitwise_right_shift_(self.shift).add_(self.bias).to(torch.int32)

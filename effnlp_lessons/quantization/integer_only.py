@@ -44,6 +44,18 @@ def _check_inner_size(size: int, first: int, second: int) -> None:
         )
 
 
+def _plain(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows or its columns lie in memory one after the other, else a copy whose rows do.
+
+    NOTE torch 2.13's `_int_mm` on a CPU leaves its result unset, without an error, where a matrix of one row has the
+    strides (1, 1), as a transposed column has. It is a copy here that avoids this.
+    """
+    (rows, columns), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
+    if (along == 1 and down >= columns) or (down == 1 and along >= rows > 1):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
 def integer_product(
     a: Int8[Tensor, "*batch rows inner"], b: Int8[Tensor, "*batch inner columns"]
 ) -> Int32[Tensor, "*batch rows columns"]:
@@ -59,8 +71,11 @@ def integer_product(
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2] or (b.ndim > 2 and a.shape[:-2] != b.shape[:-2]):
         raise ValueError(f"matrices {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
     _check_inner_size(a.shape[-1], 128, 128)
+    a, b = _plain(a), _plain(b)
+    if a.ndim == b.ndim == 2:
+        return torch._int_mm(a, b)
     if b.ndim == 2:
-        return torch._int_mm(a.flatten(0, -2), b).unflatten(0, a.shape[:-1])
+        return torch._int_mm(_plain(a.flatten(0, -2)), b).view(*a.shape[:-1], b.shape[1])
     out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
     for i, j, result in zip(a.flatten(0, -3), b.flatten(0, -3), out.flatten(0, -3), strict=True):
         torch._int_mm(i, j, out=result)
@@ -77,7 +92,7 @@ def zero_point_product(
     """
     if not (-128 <= z1 <= 127 and -128 <= z2 <= 127):
         raise ValueError(f"zero points must be in -128 .. 127, got {z1} and {z2}")
-    _check_inner_size(q1.shape[-1], 128 + abs(z1), 128 + abs(z2))
+    _check_inner_size(q1.shape[-1], max(127 - z1, 128 + z1), max(127 - z2, 128 + z2))
     a1 = q1.sum(-1, keepdim=True, dtype=torch.int32)
     a2 = q2.sum(-2, keepdim=True, dtype=torch.int32)
     # N Z1 Z2 - Z1 a2 - Z2 a1 + sum_j q1 q2; int32 wraps, and the total is in range

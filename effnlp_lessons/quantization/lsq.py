@@ -1,11 +1,11 @@
 """Learned step size quantization: the scale is a parameter, trained with the weights (Esser et al. 2019, LSQ).
 
-    v = x / s,   x_bar = round(clip(v, -Q_N, Q_P)),   x_hat = s x_bar                       (arXiv 1902.08153, Eq. 1, 2)
+    v = x / s,   x_bar = round(clip(v, -Q_N, Q_P)),   x_hat = s x_bar                             (arXiv 1902.08153)
     d x_hat / d s = -Q_N if v <= -Q_N,  Q_P if v >= Q_P,  round(v) - v between              (Eq. 3)
-    d x_hat / d x = 1 if -Q_N < v < Q_P, else 0                                             (Eq. 5)
+    d x_hat / d x = 1 if -Q_N < v < Q_P, else 0
 
-Signed: Q_N = 2^(k-1), Q_P = 2^(k-1) - 1. The gradient of s is multiplied by 1 / sqrt(N Q_P), N the numbers that share s
-(sec. 2.2), and s begins at 2 mean|x| / sqrt(Q_P) (sec. 2.1).
+Signed: Q_N = 2^(k-1), Q_P = 2^(k-1) - 1. The gradient of s is multiplied by 1 / sqrt(N Q_P) for N numbers
+that share s, and s begins at 2 mean|x| / sqrt(Q_P).
 
 Why round(v) - v, when s round(x / s) has the slope round(v) almost everywhere? That slope leaves out the jumps, which
 take back what it gives: over many of them x_hat stays near x, whatever s. Eq. 3 holds the rounding error
@@ -14,7 +14,8 @@ r = round(v) - v fixed and differentiates s (x / s + r) = x + s r, which is smoo
 NOTE the paper has one step size for a layer. Here any block of the weight may have its own; N is then the block's.
 NOTE torch._fake_quantize_learnable_per_tensor_affine decides on round(v), not on v: between -Q_N - 1/2 and -Q_N it
 gives round(v) - v where the paper gives -Q_N.
-NOTE AdamW divides a gradient by its own size: the factor 1 / sqrt(N Q_P) matters for SGD, which the paper trains with.
+NOTE AdamW divides a gradient by its own size: the factor 1 / sqrt(N Q_P) matters for SGD, and where gradients
+are clipped.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from effnlp_lessons.quantization.quantizers import (
 
 
 def lsq_range(bits: int, signed: bool = True) -> tuple[int, int]:
-    """(Q_N, Q_P): the largest codes below and above zero; unsigned data have Q_N = 0, Q_P = 2^k - 1 (sec. 2).
+    """(Q_N, Q_P): the largest codes below and above zero; unsigned data have Q_N = 0, Q_P = 2^k - 1.
 
     Raises:
         ValueError: if `bits` is not an integer from 2 to 8.
@@ -86,7 +87,7 @@ def lsq_quantize(
 
 
 def initial_step(x: Float[Tensor, "*blocks numbers"], bits: int, signed: bool = True) -> Float[Tensor, "*blocks"]:
-    """2 mean|x| / sqrt(Q_P), and 1 for a row of zeros (sec. 2.1).
+    """2 mean|x| / sqrt(Q_P), and 1 for a row of zeros.
 
     Raises:
         ValueError: if `bits` is not an integer from 2 to 8.

@@ -1,6 +1,6 @@
 """Quantization-aware training: train float weights through the grid that inference will use (Jacob et al. 2017).
 
-    forward:   w_hat = Q(w) = S (clamp(round(w / S) + Z) - Z)                    (arXiv 1712.05877, sec. 3, Eq. 12)
+    forward:   w_hat = Q(w) = S (clamp(round(w / S) + Z) - Z)                              (arXiv 1712.05877, sec. 3)
     backward:  dL/dw := dL/dw_hat where a <= w <= b, 0 outside                   straight-through estimator
     update:    w_{t+1} = w_t - eta dL/dw_hat                                     w stays a float, off the grid
 
@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnlp_lessons.quantization.integer_only import ACTIVATIONS, IntegerLinear
-from effnlp_lessons.quantization.post_training import Bits, QuantizedLinear, bits_of, block_linears, replace_
+from effnlp_lessons.quantization.post_training import Bits, QuantizedLinear, bits_of, block_linears
 from effnlp_lessons.quantization.quantizers import (
     Granularity,
     LinearQuantizer,
@@ -61,7 +61,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Float[Tensor, "*shape"], quantizer: LinearQuantizer) -> Float[Tensor, "*shape"]:
-    """Q(x), the nearest point of the grid, with the straight-through gradient (Jacob et al. 2017, Eq. 12).
+    """Q(x), the nearest point of the grid, with the straight-through gradient (Jacob et al. 2017, sec. 3).
 
     dL/dx = dL/dQ(x) where S (q_min - Z) <= x <= S (q_max - Z), both ends included up to a rounding of floats, else 0.
     Computed in the scale's precision, given back in x's dtype.
@@ -92,7 +92,7 @@ def fake_quantize_matrix(
 
 
 class FakeQuantizedActivation(nn.Module):
-    """Fake quantization of activations, one grid of signed codes for the tensor (Jacob et al. 2017, sec. 3.1).
+    """Fake quantization of activations, one grid of signed codes for the tensor (Jacob et al. 2017, sec. 3).
 
     Every forward pass in training mode moves the range and is counted; the first `delay` of them, and evaluation
     before them, give x back as it is. Evaluation never moves the range. All state goes with the model's state dict.
@@ -181,12 +181,12 @@ class FakeQuantizedLinear(nn.Linear):
 
 
 class FakeQuantizedNormedLinear(FakeQuantizedLinear):
-    """A linear layer with the batch norm after it folded in, so that the folded weight is quantized (sec. 3.2).
+    """A linear layer with the batch norm after it folded in, so that the folded weight is quantized (sec. 3).
 
         w_fold = gamma w / sqrt(var + eps),   b_fold = beta + gamma (b - mean) / sqrt(var + eps)
 
     In training mean and var are the batch's, from a first product with the float weight; in evaluation, and once
-    frozen, the running ones, with which inference folds (Eq. 14).
+    frozen, the running ones, with which inference folds.
 
     Raises:
         ValueError: a norm without gamma and beta or without running statistics, or of another width.
@@ -237,6 +237,11 @@ def freeze_ranges_(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------- whole models
 
 
+def _put_(model: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, part)
+
+
 def replace_linears(
     model: nn.Module, replacement: Callable[[str, nn.Linear], nn.Module], names: Iterable[str] | None = None
 ) -> nn.Module:
@@ -255,7 +260,7 @@ def replace_linears(
     for name in names:
         if not isinstance(parts.get(name), nn.Linear):
             raise ValueError(f"names: {name!r} must be a linear layer of the model")
-        replace_(model, name, replacement(name, parts[name]))
+        _put_(model, name, replacement(name, parts[name]))
     return model
 
 
@@ -310,7 +315,7 @@ def convert_weights(model: nn.Module) -> nn.Module:
             activation = {"relu": nn.ReLU(), "relu6": nn.ReLU6()}.get(layer.activation)
             parts = [part for part in (layer.input, quantized, activation, layer.output) if part is not None]
             quantized = quantized if len(parts) == 1 else nn.Sequential(*parts)
-        replace_(model, name, quantized.eval())
+        _put_(model, name, quantized.eval())
     return model
 
 

@@ -6,8 +6,9 @@
        Omega = |mean(lambda)| + std(lambda)        flat on average is not enough, if some sentences see a sharp valley
 
 3. Layers in descending order of Omega: the first get more bits, the others fewer, as the size budget allows.
-4. Group-wise ranges: the rows of a weight matrix (output neurons) are cut into groups of consecutive rows, a range each.
-   Embeddings have bits of their own (8), for they suffer more. A range may leave out the outermost numbers.
+4. Group-wise ranges: the rows of a weight matrix (output neurons) are cut into groups of consecutive rows, each with
+   a range of its own. Embeddings have bits of their own (8), for they suffer more. A range may leave out the outermost
+   numbers.
 
 The paper fine-tunes with fake-quantized weights (`qat`). Step 3 and 4 here are for a finished model, without training.
 
@@ -48,7 +49,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # token ids, key padding mask, labels
 
 
 def sensitivity(eigenvalues: Float[Tensor, "*layers subsets"]) -> Float[Tensor, "*layers"]:
-    """Omega = |mean(lambda)| + std(lambda) over the subsets, std of the population (Shen et al. 2019, sec. 3.1).
+    """Omega = |mean(lambda)| + std(lambda) over the subsets, std of the population (Shen et al. 2019).
 
     Raises:
         ValueError: no subset.
@@ -200,7 +201,7 @@ def allocate_bits(
 
 
 def row_groups(shape: tuple[int, int], groups: int) -> tuple[int, int]:
-    """The block (rows, columns) of a weight (out, in) cut into `groups` groups of consecutive rows (sec. 3.2).
+    """The block (rows, columns) of a weight (out, in) cut into `groups` groups of consecutive rows.
 
     Raises:
         ValueError: a number of groups that does not divide the rows.
@@ -247,7 +248,7 @@ def quantize_groups(
 
 
 def papers_size(config: TransformerConfig, bits: float | Sequence[int], embedding_bits: int) -> dict[str, float]:
-    """Size in MiB as the paper counts it: {"encoder", "embeddings", "total"} (their tables 1 and 2).
+    """Size in MiB as the paper counts it: {"encoder", "embeddings", "total"}.
 
     Every parameter at its bits, biases and norms too; no ranges, no pooler, no classifier. BERT-base at 32 bits: 324.5
     and 90.9. Several bits are one for each layer (their mean counts, as all layers are of one size).

@@ -7,8 +7,8 @@ TWN (Li, Zhang and Liu 2016, arXiv 1605.04711) looks for the smallest sum_i (alp
 LAT (Hou and Kwok 2018, arXiv 1802.08635) weighs each error by the curvature d_i of the loss: smallest
 sum_i d_i (alpha b_i - w_i)^2. For a kept set K the best alpha is sum_K d|w| / sum_K d, and for an alpha the best K is
 {|w| > alpha / 2}. The best K is therefore the k largest weights for some k:
-    exact: with c_k = sum_{i<=k} d|w| / (2 sum_{i<=k} d), |w| in falling order, the k with the largest c_k^2 sum_{i<=k} d;
-        alpha = 2 c_k.
+    exact: with c_k = sum_{i<=k} d|w| / (2 sum_{i<=k} d), |w| in falling order, the k with the largest
+        c_k^2 sum_{i<=k} d; alpha = 2 c_k.
     approximate: b and alpha in turn, from TWN's start, until alpha stands still.
 
 NOTE the exact algorithm of the paper looks only at k with |w|_(k) > c_k >= |w|_(k+1). The best k always is one of
@@ -110,8 +110,8 @@ def lat_approximate(
 ) -> Ternary:
     """LAT's alpha and codes by turns: alpha = sum_kept d|w| / sum_kept d, then b = sign(w) where |w| > alpha / 2.
 
-    Starts from TWN and ends after `iterations`, or when no alpha moves by more than `tolerance`. No step makes the
-    error larger, so it ends in a minimum, which need not be the smallest. `d` None: all 1.
+    Starts from TWN. A block is done after `iterations`, or when its alpha moves by no more than `tolerance`. No step
+    makes the error larger, so it ends in a minimum, which need not be the smallest. `d` None: all 1.
 
     Raises:
         ValueError: as `lat_exact`; `iterations` below 1, `tolerance` below 0.
@@ -121,16 +121,21 @@ def lat_approximate(
         raise ValueError(f"iterations must be >= 1 and tolerance >= 0, got {iterations} and {tolerance}")
     size = w.abs()
     weights = torch.ones_like(size) if d is None else d
+    weighted = weights * size
+
+    def best_alpha(kept: Tensor) -> Tensor:
+        return _ratio((weighted * kept).sum(-1), (weights * kept).sum(-1))
+
     alpha, codes = twn(w)
     kept = codes != 0
+    moving = torch.ones_like(alpha, dtype=torch.bool)
     for _ in range(iterations):
-        before, chosen = alpha, weights * kept
-        alpha = _ratio((chosen * size).sum(-1), chosen.sum(-1))
-        kept = size > alpha[:, None] / 2
-        if ((alpha - before).abs() <= tolerance).all():
+        before, alpha = alpha, torch.where(moving, best_alpha(kept), alpha)
+        kept = torch.where(moving[:, None], size > alpha[:, None] / 2, kept)
+        moving &= (alpha - before).abs() > tolerance
+        if not moving.any():
             break
-    chosen = weights * kept  # alpha once more, the best one for the last kept set
-    alpha = _ratio((chosen * size).sum(-1), chosen.sum(-1))
+    alpha = best_alpha(kept)  # for the last kept set
     return alpha, _codes(w, kept & (alpha > 0)[:, None])
 
 

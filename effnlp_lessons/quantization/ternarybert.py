@@ -16,7 +16,7 @@ each module keeps the same average itself: pass `update_curvature_` as `after_st
 would scale all d alike, which changes nothing.
 NOTE the released code clips latent weights at +-2.5 as well; ours are not clipped. Its linear layers quantize their
 inputs with a symmetric grid, and the released file quantizes the embeddings again with one alpha for all rows: it is
-not the model that was trained. It also stores ternary weights as float32; `save_ternary` packs them.
+not the model that was trained. It also stores ternary weights as float32; `freeze` and `packing` make them 2 bits.
 NOTE ranges are taken from the batch, padding included: a sentence's logits depend a little on its neighbours.
 NOTE under bfloat16 autocast the weights are still made ternary in float32; the products then round.
 """
@@ -36,6 +36,7 @@ from effnlp_lessons.dense_attention import attention_scores, check_key_padding_m
 from effnlp_lessons.distillation.tinybert import LAYER_LOSSES, Apprentice, LayerLosses, stage_loss
 from effnlp_lessons.heads import SentenceClassifier
 from effnlp_lessons.measure import transformer_parameters
+from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear, with_layers
 from effnlp_lessons.quantization.quantizers import QuantizedMatrix, affine_quantizer
 from effnlp_lessons.quantization.ternary import METHODS, Method, ternarize_matrix
 from effnlp_lessons.transformer import FeedForward, SelfAttention, TransformerConfig
@@ -82,21 +83,15 @@ def quantize_activations(
     return _StraightThrough.apply(x, quantized, clip)
 
 
-class QuantizedInputLinear(nn.Linear):
-    """A linear layer (a copy of one) that quantizes its input: `weight` is used as it is."""
+class QuantizedInput(nn.Module):
+    """A linear layer behind a quantizer: linear(Q(x)). `bits` None: the layer alone."""
 
-    def __init__(self, linear: nn.Linear, bits: int | None = BITS, clip: float | None = CLIP) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight = nn.Parameter(linear.weight.detach().clone())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
-        self.bits, self.clip = bits, clip
-
-    def used_weight(self) -> Float[Tensor, "out in"]:
-        return self.weight
+    def __init__(self, linear: nn.Module, bits: int | None = BITS, clip: float | None = CLIP) -> None:
+        super().__init__()
+        self.linear, self.bits, self.clip = linear, bits, clip
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        x = x if self.bits is None else quantize_activations(x, self.bits, self.clip)
-        return F.linear(x, self.used_weight(), self.bias)
+        return self.linear(x if self.bits is None else quantize_activations(x, self.bits, self.clip))
 
 
 class _Latent:
@@ -108,31 +103,30 @@ class _Latent:
     weight: nn.Parameter
     second_moment: Tensor | None
 
-    def _prepare(self, method: Method, granularity: str) -> None:
+    def _prepare(self, weight: Tensor, method: Method, granularity: str) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        self.weight = nn.Parameter(weight.detach().clone())
         self.method, self.granularity = method, granularity
         self.register_buffer("second_moment", None if method == "twn" else torch.zeros_like(self.weight))
 
-    def _curvature(self) -> Tensor | None:
-        return None if self.second_moment is None else self.second_moment.sqrt() + 1e-8
-
     def ternary(self) -> QuantizedMatrix:
         """The codes and scales that the forward pass uses now."""
-        return ternarize_matrix(self.weight, self.method, self.granularity, self._curvature())
+        d = None if self.second_moment is None else self.second_moment.sqrt() + 1e-8
+        return ternarize_matrix(self.weight, self.method, self.granularity, d)
 
 
-class TernaryLinear(_Latent, QuantizedInputLinear):
-    """A linear layer with ternary weights, one alpha for the matrix, and a quantized input."""
+class TernaryLinear(_Latent, nn.Linear):
+    """A linear layer with ternary weights, one alpha for the matrix; made from a copy of another's weights."""
 
-    def __init__(
-        self, linear: nn.Linear, method: Method = "twn", bits: int | None = BITS, clip: float | None = CLIP
-    ) -> None:
-        super().__init__(linear, bits, clip)
-        self._prepare(method, "tensor")
+    def __init__(self, linear: nn.Linear, method: Method = "twn") -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self._prepare(linear.weight, method, "tensor")
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
-    def used_weight(self) -> Float[Tensor, "out in"]:
-        return _StraightThrough.apply(self.weight, self.ternary().dequantize(), None)
+    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        weight = _StraightThrough.apply(self.weight, self.ternary().dequantize(), None)
+        return F.linear(x, weight, self.bias)
 
 
 class TernaryEmbedding(_Latent, nn.Embedding):
@@ -140,8 +134,7 @@ class TernaryEmbedding(_Latent, nn.Embedding):
 
     def __init__(self, embedding: nn.Embedding, method: Method = "twn") -> None:
         super().__init__(*embedding.weight.shape, device="meta")
-        self.weight = nn.Parameter(embedding.weight.detach().clone())
-        self._prepare(method, "row")
+        self._prepare(embedding.weight, method, "row")
 
     def forward(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:
         rows = F.embedding(token_ids, self.weight)
@@ -189,29 +182,6 @@ class QuantizedAttention(SelfAttention):
 # ------------------------------------------------------------------------------------------- student and loss
 
 
-def _exchange_(
-    model: SentenceClassifier,
-    linear: Callable[[nn.Linear], nn.Module],
-    embedding: Callable[[nn.Embedding], nn.Module],
-    bits: int | None,
-    clip: float | None,
-) -> SentenceClassifier:
-    """Put quantized modules in the places of the encoder's linear layers, token table and attention."""
-    encoder = model.encoder
-    for i, block in enumerate(encoder.blocks):
-        mixer, feed_forward = block.token_mixer, block.channel_mixer
-        if not isinstance(mixer, SelfAttention) or mixer.attention is not None or mixer.causal:
-            raise ValueError(f"block {i} must mix tokens by dense self-attention, got {type(mixer).__name__}")
-        if not isinstance(feed_forward, FeedForward):
-            raise ValueError(f"block {i} must mix channels by FeedForward, got {type(feed_forward).__name__}")
-        parts = {name: linear(getattr(mixer, name)) for name in ("query", "key", "value", "output")}
-        block.token_mixer = QuantizedAttention(encoder.config, parts, bits, clip)
-        feed_forward.expand, feed_forward.contract = linear(feed_forward.expand), linear(feed_forward.contract)
-    encoder.pooler = linear(encoder.pooler)
-    encoder.embeddings.tokens = embedding(encoder.embeddings.tokens)
-    return model
-
-
 def ternarize(
     model: SentenceClassifier, method: Method = "twn", *, bits: int | None = BITS, clip: float | None = CLIP
 ) -> SentenceClassifier:
@@ -227,13 +197,23 @@ def ternarize(
         ValueError: a model with other mixers, another word for `method`.
     """
     student = copy.deepcopy(model).requires_grad_(True)
-    return _exchange_(
-        student,
-        lambda linear: TernaryLinear(linear, method, bits, clip),
-        lambda embedding: TernaryEmbedding(embedding, method),
-        bits,
-        clip,
-    )
+    encoder = student.encoder
+
+    def linear(layer: nn.Linear) -> QuantizedInput:
+        return QuantizedInput(TernaryLinear(layer, method), bits, clip)
+
+    for i, block in enumerate(encoder.blocks):
+        mixer, feed_forward = block.token_mixer, block.channel_mixer
+        if type(mixer) is not SelfAttention or mixer.attention is not None or mixer.causal:
+            raise ValueError(f"block {i} must mix tokens by dense self-attention, got {type(mixer).__name__}")
+        if type(feed_forward) is not FeedForward:
+            raise ValueError(f"block {i} must mix channels by FeedForward, got {type(feed_forward).__name__}")
+        parts = {name: linear(getattr(mixer, name)) for name in ("query", "key", "value", "output")}
+        block.token_mixer = QuantizedAttention(encoder.config, parts, bits, clip)
+        feed_forward.expand, feed_forward.contract = linear(feed_forward.expand), linear(feed_forward.contract)
+    encoder.pooler = linear(encoder.pooler)
+    encoder.embeddings.tokens = TernaryEmbedding(encoder.embeddings.tokens, method)
+    return student
 
 
 def ternary_modules(student: nn.Module) -> Iterator[tuple[str, TernaryLinear | TernaryEmbedding]]:
@@ -282,15 +262,14 @@ def size_in_bytes(config: TransformerConfig, scales: bool = True) -> dict[str, f
 
 
 def freeze(student: SentenceClassifier) -> SentenceClassifier:
-    """A copy that computes the same from fixed ternary weights: nothing latent is left, and it is faster."""
-    frozen = copy.deepcopy(student)
-    for name, module in list(ternary_modules(frozen)):
-        parent, _, child = name.rpartition(".")
-        weight = module.ternary().dequantize()
-        if isinstance(module, TernaryLinear):
-            fixed: nn.Module = QuantizedInputLinear(module, module.bits, module.clip)
-        else:
-            fixed = nn.Embedding(*weight.shape, device="meta")
-        fixed.weight = nn.Parameter(weight)
-        setattr(frozen.get_submodule(parent), child, fixed)
-    return frozen.requires_grad_(False).eval()
+    """A copy that computes the same from fixed codes and alphas, in evaluation mode: nothing latent is left.
+
+    `packing.save_quantized` writes it with 2 bits a weight; `packing.load_quantized(student, file)` reads it back.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in ternary_modules(student):
+        linear = isinstance(module, TernaryLinear)
+        layers[name] = (
+            QuantizedLinear(module.ternary(), module.bias) if linear else QuantizedEmbedding(module.ternary())
+        )
+    return with_layers(student, layers).requires_grad_(False).eval()

@@ -9,7 +9,7 @@ it the learning of the step, or its start?).
 NOTE embeddings, pooler and head stay in floats; activations are not quantized. The embeddings are not trained.
 NOTE at 2 bits the restricted grid has 3 levels, LSQ's has all 4.
 NOTE the learning rates were chosen among 5e-5, 1e-4, 2e-4 and 4e-4 by the dev accuracy of seed 0 for each way and bits.
-NOTE training runs under bfloat16 autocast, the grid in float32; accuracy is measured in float32.
+NOTE training and measuring run under bfloat16 autocast; the grid is computed in float32, the product rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from effnlp_lessons.datasets import reviews
 from effnlp_lessons.distillation.well_read import fine_tune
 from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.quantization.lsq import LsqLinear, prepare_lsq
-from effnlp_lessons.quantization.qat import prepare_qat
+from effnlp_lessons.quantization.post_training import quantize_linears
+from effnlp_lessons.quantization.qat import convert_weights, prepare_qat
+from effnlp_lessons.quantization.ranges import mean_squared_error
 from effnlp_lessons.studies.runner import Outcome, Study
 from effnlp_lessons.studies.transfer_set import Rows
 from effnlp_lessons.training import TrainingPlan
@@ -36,19 +38,18 @@ FLOAT, FAKE, LEARNED, FIXED = (
     "learned steps (LSQ)",
     "LSQ's first steps, kept",
 )
+CLIPPED = "clipped for the least squared error"
 WAYS = (FLOAT, FAKE, LEARNED, FIXED)
 
 
 def prepared(teacher: nn.Module, way: str, bits: int) -> nn.Module:
-    """The teacher, ready to be fine-tuned this way; a copy.
+    """The teacher, ready to be fine-tuned through quantized weights in this way; a copy.
 
     Raises:
-        ValueError: a way that is not in `WAYS`.
+        ValueError: a way that is not in `WAYS`, or trains in floats.
     """
-    if way not in WAYS:
-        raise ValueError(f"way must be one of {WAYS}, got {way!r}")
-    if way == FLOAT:
-        return copy.deepcopy(teacher)
+    if way not in WAYS[1:]:
+        raise ValueError(f"way must be one of {WAYS[1:]}, got {way!r}")
     if way == FAKE:
         return prepare_qat(teacher, bits, "row")
     model = prepare_lsq(teacher, bits, "row")
@@ -59,38 +60,44 @@ def prepared(teacher: nn.Module, way: str, bits: int) -> nn.Module:
 
 
 def run(setting: dict[str, Any], seed: int) -> Outcome:
-    """Numbers: "results", `{bits: {"before": {split: per cent right}, "after": the same}}`, with quantized weights.
+    """Numbers: "before" and "after" training, `{bits: {split: per cent right}}`, always with quantized weights.
 
     `setting`: way, bits (a list), sentences (of the training split), epochs, learning_rate; optionally `tested`, how
-    many sentences of dev and of test to measure on. `FLOAT` trains once for all bits, and has a row "float" too.
+    many sentences of each split in `splits` to measure on. `FLOAT` trains once for all bits; it has rows "float" and
+    "{bits}, {CLIPPED}" too. Before training, `FAKE` is what `FLOAT` is: post-training quantization.
     """
-    data, way, tested = reviews.load_reviews(), setting["way"], setting.get("tested")
+    data, way = reviews.load_reviews(), setting["way"]
     train = ReviewExamples(data.subset("train"))
-    splits = {name: ReviewExamples(data.subset(name), tested) for name in ("dev", "test")}
+    splits = {name: ReviewExamples(data.subset(name), setting.get("tested")) for name in ("dev", "test")}
     chosen = torch.randperm(len(train.lengths), generator=torch.Generator().manual_seed(seed))[: setting["sentences"]]
     plan = TrainingPlan(setting["epochs"], 32, learning_rate=setting["learning_rate"], bfloat16=True, seed=seed)
     teacher = load_teacher()
     teacher.encoder.embeddings.requires_grad_(False)
 
     def right(model: nn.Module) -> dict[str, float]:
-        return {name: round(accuracy(model.eval(), examples), 2) for name, examples in splits.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            return {name: round(accuracy(model, examples), 2) for name, examples in splits.items()}
 
-    def quantized(model: nn.Module, bits: int) -> nn.Module:
-        return prepare_qat(model, bits, "row") if way == FLOAT else model
+    def by_bits(model: nn.Module) -> dict[str, dict[str, float]]:
+        found = {"float": right(model)}
+        for bits in setting["bits"]:
+            found[str(bits)] = right(quantize_linears(model, bits, "row"))
+            clipped = quantize_linears(model, bits, "row", ranges=mean_squared_error(bits, candidates=25))
+            found[f"{bits}, {CLIPPED}"] = right(clipped)
+        return found
 
-    results: dict[str, dict[str, Any]] = {}
     if way == FLOAT:
-        model = prepared(teacher, way, 8)
+        model = copy.deepcopy(teacher)
+        before = by_bits(model)
         fine_tune(model, Rows(train, chosen), plan)
-        results["float"] = {"before": right(teacher), "after": right(model)}
+        return Outcome({"before": before, "after": by_bits(model)})
+    before, after = {}, {}
     for bits in setting["bits"]:
-        if way != FLOAT:
-            model = prepared(teacher, way, bits)
-        before = right(quantized(teacher if way == FLOAT else model, bits))
-        if way != FLOAT:
-            fine_tune(model, Rows(train, chosen), plan)
-        results[str(bits)] = {"before": before, "after": right(quantized(model, bits))}
-    return Outcome({"results": results})
+        model = prepared(teacher, way, bits)
+        before[str(bits)] = right(convert_weights(model))
+        fine_tune(model, Rows(train, chosen), plan)
+        after[str(bits)] = right(convert_weights(model))
+    return Outcome({"before": before, "after": after})
 
 
 COMMON = {"sentences": 3_000, "epochs": 2}

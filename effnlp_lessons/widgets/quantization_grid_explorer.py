@@ -5,10 +5,9 @@ A grid of 2^k levels reaches from the smallest to the largest of the numbers tha
 levels leave the place where the weights are. How many weights suffer is the granularity: all of the tensor, one row
 (output channel), or one group of consecutive inputs of a row (`effnlp_lessons.quantization.quantizers`).
 
-Every squared error is of one of two kinds: clipping, where the clamp of q = clamp(round(z / S) + Z) changed the code,
-and rounding, everywhere else. Signal to noise is 10 log10(sum z² / sum (z - z')²) in dB, z' the nearest level. It is
-never below 0, since 0 is a level of every grid. It is taken over the whole matrix, over the other weights of the
-block (with the dragged weight, a block's signal would be little else), and over all other blocks.
+The signal to noise is taken over the whole matrix, over the other weights of the dragged one's block (with it, the
+block's signal would be little else), and over all other blocks. What it is, and which error is rounding and which is
+clipping, stands in `quantization_grid_numbers`.
 
 NOTE "range" is the plainest way to clip: the grid reaches only this share of the way from 0 to each end.
 """
@@ -18,10 +17,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from ipywidgets import FloatSlider, HBox, IntSlider, Layout, ToggleButtons
 from jaxtyping import Float
@@ -29,18 +26,10 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from effnlp_lessons.quantization.quantizers import (
-    LinearQuantizer,
-    QuantizedMatrix,
-    RangeRule,
-    block_of,
-    integer_range,
-    min_max,
-    quantize_matrix,
-    to_blocks,
-)
+from effnlp_lessons.quantization.quantizers import LinearQuantizer, block_of, integer_range
 from effnlp_lessons.widgets.painted_image import PaintedImage
 from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.quantization_grid_numbers import Errors, bytes_on_disk, decibels, is_clipped, measure
 from effnlp_lessons.widgets.quantization_grid_picture import AREA, FARTHEST, QuantizationGridPicture, multiple_at
 
 Matrix = Float[Tensor, "rows columns"]
@@ -50,64 +39,6 @@ KINDS = {"symmetric": True, "affine": False}
 SHARES = (10, 100)  # per cent of the range
 STEP = 0.1  # of the dragged weight, in multiples of the largest
 KEYS = {"ArrowLeft": -STEP, "ArrowRight": STEP, "ArrowDown": -1.0, "ArrowUp": 1.0}
-
-
-def share_of_range(share: float) -> RangeRule:
-    """The rule of a range that reaches `share` (above 0, at most 1) of the way from 0 to both ends."""
-
-    def ranges(values: Float[Tensor, "blocks numbers"]) -> tuple[Tensor, Tensor]:
-        low, high = min_max(values)
-        return share * low, share * high
-
-    return ranges
-
-
-def bytes_on_disk(numbers: int, bits: int, blocks: int, symmetric: bool) -> int:
-    """Bytes of `numbers` codes of `bits` bits, closely packed, with their grids.
-
-    A grid has a scale of 4 bytes (float32) and, unless it is symmetric, a zero point of 1 byte. A file adds a header.
-    """
-    return -(-numbers * bits // 8) + blocks * (4 if symmetric else 5)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """What quantizing a matrix did to each of its blocks: arrays (row blocks, column blocks), float64.
-
-    Attributes:
-        quantized: the matrix on its grids.
-        squares: the squared error of each weight (row blocks, column blocks, numbers).
-        cut: whether the clamp changed its code, of the same shape.
-        signal: sum of the squared weights.
-        rounding, clipping: sum of the squared errors of the weights that were not cut, and of those that were.
-    """
-
-    quantized: QuantizedMatrix
-    squares: Float[Tensor, "row_blocks column_blocks numbers"]
-    cut: Tensor
-    signal: np.ndarray
-    rounding: np.ndarray
-    clipping: np.ndarray
-
-
-def measure(matrix: Matrix, bits: int, granularity: str | int, symmetric: bool, share: float) -> Errors:
-    """Quantize a matrix with `quantize_matrix` and take the errors of its blocks apart."""
-    quantized = quantize_matrix(matrix, bits, granularity, symmetric, share_of_range(share))
-    blocks = to_blocks(matrix, quantized.block)
-    q_min, q_max = integer_range(bits, symmetric)
-    unclamped = torch.round(blocks / quantized.scale[..., None]) + quantized.zero_point[..., None]
-    cut = (unclamped < q_min) | (unclamped > q_max)
-    squares = (to_blocks(quantized.dequantize(), quantized.block) - blocks).double().square()
-    total, clipping = squares.sum(-1), (squares * cut).sum(-1)
-    signal = blocks.double().square().sum(-1)
-    return Errors(quantized, squares, cut, signal.numpy(), (total - clipping).numpy(), clipping.numpy())
-
-
-def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); infinite without noise."""
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def trained_matrices() -> dict[str, Matrix]:
@@ -177,7 +108,7 @@ class QuantizationGridExplorer(Explorer):
         elif isinstance(matrices, Tensor):
             matrices = {"matrix": matrices}
         check_matrices(matrices)
-        self._matrices = {name: weights.detach().float().contiguous() for name, weights in matrices.items()}
+        self._matrices = {name: weights.detach().to(torch.float32, copy=True) for name, weights in matrices.items()}
         matrix = next(iter(self._matrices)) if matrix is None else matrix
         for name, value, allowed in (
             ("matrix", matrix, tuple(self._matrices)),
@@ -187,11 +118,15 @@ class QuantizationGridExplorer(Explorer):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-        if not SHARES[0] <= share <= SHARES[1]:
-            raise ValueError(f"share must be a percentage from {SHARES[0]} to {SHARES[1]}, got {share!r}")
+        if share not in range(SHARES[0], SHARES[1] + 1):
+            raise ValueError(f"share must be whole per cent from {SHARES[0]} to {SHARES[1]}, got {share!r}")
         if not -FARTHEST <= outlier <= FARTHEST:
             raise ValueError(f"outlier must be from -{FARTHEST} to {FARTHEST}, got {outlier!r}")
         self._largest = {name: weights.abs().max().item() for name, weights in self._matrices.items()}
+        # how far from 0 the lower panels reach
+        self._spread = {
+            name: min(8 * weights.std().item(), self._largest[name]) for name, weights in self._matrices.items()
+        }
         self._places = {
             name: divmod(int(weights.abs().argmin()), weights.shape[1]) for name, weights in self._matrices.items()
         }
@@ -275,23 +210,20 @@ class QuantizationGridExplorer(Explorer):
         value = float(held[inner])
         now = measure(held, bits, "tensor", symmetric, share / 100)
         signal, rounding, clipping = (float(part[0, 0]) for part in (now.signal, now.rounding, now.clipping))
-        place = inner[0] * block[1] + inner[1]
-        own_error, cut = float(now.squares[0, 0, place]), bool(now.cut[0, 0, place])
-        rest = signal - value**2, max(rounding + clipping - own_error, 0.0)
-        # all other blocks, and one half the matrix away
-        elsewhere = (row + len(weights) // 2) % len(weights)
-        away = weights[elsewhere, inputs]
         scale, zero_point = now.quantized.scale[0, 0], now.quantized.zero_point[0, 0]
-        others, clipped, grids = (0.0, 0.0, 0.0), int(now.cut.sum()), 1
-        away_scale, away_zero = scale, zero_point
+        quantizer = LinearQuantizer(scale, zero_point, *integer_range(bits, symmetric))
+        lands = quantizer.dequantize(now.quantized.codes[inner])
+        own_error = float((lands - held[inner]).square())
+        rest = signal - float(held[inner].square()), max(rounding + clipping - own_error, 0.0)
+        # all other blocks, which do not change with it, and one of them half the matrix away
+        elsewhere = (row + len(weights) // 2) % len(weights)
+        away, away_quantizer = weights[elsewhere, inputs], quantizer
+        others, grids = (0.0, 0.0, 0.0, 0), 1
         if granularity != "tensor":
             trained = self._as_trained(matrix, bits, kind, granularity, share)
-            grids, flat = trained.signal.size, i * trained.signal.shape[1] + j
-            others = tuple(
-                float(np.delete(part, flat).sum()) for part in (trained.signal, trained.rounding, trained.clipping)
-            )
-            clipped += int(trained.cut.sum()) - int(trained.cut[i, j].sum())
-            away_scale, away_zero = trained.quantized.scale[elsewhere, j], trained.quantized.zero_point[elsewhere, j]
+            others, grids = trained.without(i, j), trained.signal.size
+            own_grid = trained.quantized.scale[elsewhere, j], trained.quantized.zero_point[elsewhere, j]
+            away_quantizer = LinearQuantizer(*own_grid, *integer_range(bits, symmetric))
         total = others[1] + others[2] + rounding + clipping
         return {
             "matrix": matrix,
@@ -301,17 +233,17 @@ class QuantizationGridExplorer(Explorer):
             "bits": bits,
             "share": share,
             "largest": self._largest[matrix],
-            "spread": min(8 * weights.std().item(), self._largest[matrix]),  # shown around 0, in the lower panels
+            "spread": self._spread[matrix],
             "weight": (row, column),
             "outlier": outlier,
             "own": own,
             "value": value,
-            "lands": float(now.quantized.dequantize()[inner]),
-            "cut": cut,
+            "lands": float(lands),
+            "cut": bool(is_clipped(held[inner], scale, zero_point, bits, symmetric)),
             "block": block,
             "grids": grids,
-            "held": _grid(held.flatten(), scale, zero_point, bits, symmetric),
-            "elsewhere": _grid(away, away_scale, away_zero, bits, symmetric),
+            "held": _grid(held.flatten(), now.quantized.codes.flatten(), quantizer),
+            "elsewhere": _grid(away, away_quantizer.quantize(away), away_quantizer),
             "elsewhere_row": elsewhere,
             "first_input": inputs.start,
             "sqnr": {
@@ -323,7 +255,7 @@ class QuantizationGridExplorer(Explorer):
             "held_mse": (rounding + clipping) / held.numel(),
             "rounding": (others[1] + rounding) / weights.numel(),
             "clipping": (others[2] + clipping) / weights.numel(),
-            "clipped": clipped,
+            "clipped": others[3] + int(now.clipped[0, 0]),
             "bytes": bytes_on_disk(weights.numel(), bits, grids, symmetric),
             "float_bytes": 4 * weights.numel(),
         }
@@ -381,17 +313,15 @@ class QuantizationGridExplorer(Explorer):
         return f"Weight {_weight(now)}. Step {now['held']['scale']:.3g}. Signal to noise: {ratios}."
 
 
-def _grid(weights: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> dict[str, Any]:
+def _grid(weights: Tensor, codes: Tensor, quantizer: LinearQuantizer) -> dict[str, Any]:
     """Weights with their grid, and which of its levels they use."""
-    q_min, q_max = integer_range(bits, symmetric)
-    quantizer = LinearQuantizer(scale, zero_point, q_min, q_max)
-    codes = quantizer.quantize(weights).to(torch.int64) - q_min
-    used = torch.bincount(codes, minlength=q_max - q_min + 1) > 0
+    every = torch.arange(quantizer.q_min, quantizer.q_max + 1, dtype=torch.int32)
+    used = torch.bincount(codes.to(torch.int32) - quantizer.q_min, minlength=len(every)) > 0
     return {
         "weights": weights.numpy(),
-        "scale": float(scale),
-        "zero_point": int(zero_point),
-        "levels": quantizer.dequantize(torch.arange(q_min, q_max + 1)).numpy(),
+        "scale": float(quantizer.scale),
+        "zero_point": int(quantizer.zero_point),
+        "levels": quantizer.dequantize(every).numpy(),
         "used": used.numpy(),
         "count": int(used.sum()),
     }

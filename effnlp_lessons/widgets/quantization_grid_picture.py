@@ -50,7 +50,8 @@ class QuantizationGridPicture:
         figure.set_layout_engine("none")
         self._width, self._height = figure.canvas.get_width_height()
         (rows, columns), (row, column) = numbers["shape"], numbers["weight"]
-        title = f"{numbers['matrix'].capitalize()} ({rows:,} x {columns:,}). The weight that moves: row {row}, input {column}"
+        name = f"{numbers['matrix'].capitalize()}, {rows:,} x {columns:,}"
+        title = f"{name}. The weight that moves: row {row}, input {column}"
         self._write(figure, 12, 6, title, weight="bold", fontsize=11)
         self._words = {"weight": self._write(figure, 12, 29, fontsize=10)}
         moving = [self._words["weight"], *self._draw_axis(figure, numbers, weights)]
@@ -173,8 +174,8 @@ class QuantizationGridPicture:
         axes.fill_between((LEFT + 268, LEFT + 286), 4, 19, color=ORANGE, alpha=BEYOND, linewidth=0)
         for x, words in ((13, "level in use"), (118, "level without weight"), (292, "beyond the grid: clipped")):
             axes.text(LEFT + x, 12, words, va="center_baseline", fontsize=9)
-        hint = "Drag the round weight. Keys: arrows, space"
-        axes.text(604, 12, hint, va="center_baseline", fontsize=9, color=GREY)
+        hint = "Drag the round weight. By keyboard: arrows\nmove it, space puts it back."
+        self._write(figure, 604, 518, hint, fontsize=9, color=GREY, linespacing=1.2)
 
     # ------------------------------------------------------------------------ what moves
 

@@ -61,6 +61,11 @@ def _never_shifted_left(multiplier: float, bits: int) -> tuple[int, int]:
     return round(multiplier * 2**bits), 0
 
 
+def _shift_with_the_bits(multiplier: float, bits: int) -> tuple[int, int]:
+    m, n = fixed_point_multiplier(multiplier, bits)
+    return m, n + bits
+
+
 def _draw(low: float, high: float, bits: tuple[int, int]) -> Callable[[Generator], tuple]:
     """A multiplier 2^x with x drawn between low and high, far enough from a half of the last bit."""
 
@@ -169,7 +174,7 @@ FIXED_POINT_MULTIPLIER = Exercise(
         Mistake(
             "The shift contains the bits",
             "n is what remains after 2^-bits: multiplier = m 2^-bits 2^-n.",
-            _exchange(shift=lambda n: n + 31),
+            _shift_with_the_bits,
         ),
     ),
     hints=(

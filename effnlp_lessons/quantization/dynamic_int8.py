@@ -1,0 +1,96 @@
+"""A linear layer that computes in int8 between float inputs and outputs: the integers that pay off at once.
+
+    q = round(x / S1),  S1 = max|x| / 127         one scale for the input, found when it arrives
+    y = S1 S2 (q Wq^T) + b                        Wq: int8, symmetric, a scale S2 for every row
+
+Nothing must be calibrated and nothing around the layer changes, so it can replace any `nn.Linear`. The price is a pass
+over the input for its range, one to make its codes, and one over the result: few numbers, where the product reads
+all of the weight for every row. Quantizing the whole path instead (`integer_only`) saves these passes and needs ranges.
+torch's own layer of this kind is `torch.ao.quantization.quantize_dynamic` (8 bits, affine input).
+
+NOTE what was tried for each step, one thread, on a CPU with AVX-512 VNNI. The product: `torch._int_mm`, with a weight
+stored either way round, takes the same time, an eighth of float32's; `torch.matmul` of int32 has no fast kernel. The
+range: `amax` and `amin` are quicker than `aminmax`, and much quicker than `abs` first or a vector norm. The codes:
+multiplying, rounding in place and converting are quicker than `quantize_per_tensor(...).int_repr()`, which copies. The
+result: converting to float and one `addcmul` in place are quicker than an `addcmul` that converts on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from jaxtyping import Float, Float32, Int8
+from torch import Tensor, nn
+
+from effnlp_lessons.quantization.integer_only import integer_product, largest_inner_size
+from effnlp_lessons.quantization.quantizers import quantize_matrix
+
+
+class DynamicInt8Linear(nn.Module):
+    """`linear` with an int8 weight, its input quantized on the fly; for inference, no gradient passes through it.
+
+    Attributes:
+        weight: int8 (out, in), symmetric.
+        scale: float32 (out), S2 of every row.
+        bias: float32 (out), zeros where the layer had none.
+
+    Raises:
+        ValueError: a weight that is not finite, an input width whose sums could exceed int32.
+    """
+
+    weight: Int8[Tensor, "out in"]
+    scale: Float32[Tensor, " out"]
+    bias: Float32[Tensor, " out"]
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if linear.in_features > largest_inner_size(127, 127):
+            raise ValueError(f"linear must have at most {largest_inner_size(127, 127)} inputs")
+        matrix = quantize_matrix(linear.weight, 8, "row")
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("weight", matrix.codes)
+        self.register_buffer("scale", matrix.scale.flatten().float())
+        self.register_buffer("bias", bias.clone())
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float32[Tensor, "... out"]:
+        """x W^T + b, within the rounding of x and W to 8 bits.
+
+        Raises:
+            ValueError: `x` that is not floating point, not finite, or not of width `in`.
+        """
+        width = self.weight.shape[1]
+        if not x.is_floating_point() or x.shape[-1:] != (width,):
+            raise ValueError(f"x must be floating point (..., {width}), got {x.dtype} {tuple(x.shape)}")
+        if not x.numel():
+            return self.bias.expand(*x.shape[:-1], -1).clone()
+        flat = x.detach().reshape(-1, width)
+        largest = max(flat.amax().item(), -flat.amin().item())
+        if not math.isfinite(largest):
+            raise ValueError("x must be finite")
+        scale = largest / 127 if largest > 1e-30 else 1.0  # 1 / scale must be a float32
+        codes = torch.mul(flat, 1 / scale).round_().to(torch.int8)
+        y = integer_product(codes, self.weight.t()).float()
+        y = torch.addcmul(self.bias, y, scale * self.scale, out=y)
+        return y.view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        """Widths."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def with_dynamic_int8(model: nn.Module) -> nn.Module:
+    """A copy of `model`, every `nn.Linear` in it replaced by a `DynamicInt8Linear`; in evaluation mode.
+
+    Raises:
+        ValueError: as `DynamicInt8Linear`.
+    """
+    model = copy.deepcopy(model).eval()
+    if type(model) is nn.Linear:
+        return DynamicInt8Linear(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, DynamicInt8Linear(child))
+    return model

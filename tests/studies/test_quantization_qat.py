@@ -1,0 +1,81 @@
+"""The study of quantization-aware training: a small run against the functions that it uses, and what is recorded."""
+
+import pytest
+import torch
+
+from effnlp_lessons.classification import ReviewExamples, accuracy
+from effnlp_lessons.datasets import reviews
+from effnlp_lessons.pretrained import load_teacher
+from effnlp_lessons.quantization.lsq import LsqLinear
+from effnlp_lessons.quantization.post_training import block_linears, quantize_linears
+from effnlp_lessons.quantization.qat import FakeQuantizedLinear
+from effnlp_lessons.studies import qat_by_bits
+from effnlp_lessons.studies.runner import load_results
+
+TINY = {"sentences": 32, "epochs": 1, "learning_rate": 1e-4, "tested": 60}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher()
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "learned"),
+    [
+        (qat_by_bits.FAKE, FakeQuantizedLinear, None),
+        (qat_by_bits.LEARNED, LsqLinear, True),
+        (qat_by_bits.FIXED, LsqLinear, False),
+    ],
+)
+def test_each_way_wraps_the_36_layers_of_the_blocks(teacher, way, kind, learned):
+    model = qat_by_bits.prepared(teacher, way, 2)
+    found = {name: part for name, part in model.named_modules() if isinstance(part, kind)}
+    assert tuple(found) == block_linears(teacher) and len(found) == 36
+    if learned is not None:
+        assert all(part.step.requires_grad == learned for part in found.values())
+        # a step size a row, as the fake-quantized weights have
+        assert all(part.step.shape == (part.out_features,) for part in found.values())
+
+
+def test_a_way_that_is_none(teacher):
+    with pytest.raises(ValueError, match="way must be one of"):
+        qat_by_bits.prepared(teacher, qat_by_bits.FLOAT, 4)
+
+
+def test_a_small_run_measures_what_it_says(teacher):
+    setting = TINY | {"way": qat_by_bits.FLOAT, "bits": [3]}
+    numbers = qat_by_bits.run(setting, seed=0).numbers
+    rows = {"float", "3", f"3, {qat_by_bits.CLIPPED}"}
+    assert set(numbers["before"]) == set(numbers["after"]) == rows
+    test = ReviewExamples(reviews.load_reviews().subset("test"), 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert numbers["before"]["float"]["test"] == pytest.approx(accuracy(teacher, test), abs=0.01)
+        quantized = accuracy(quantize_linears(teacher, 3, "row"), test)
+    assert numbers["before"]["3"]["test"] == pytest.approx(quantized, abs=0.01)
+    # the other way begins with the same model, and training changes it
+    fake = qat_by_bits.run(TINY | {"way": qat_by_bits.FAKE, "bits": [3]}, seed=0).numbers
+    assert fake["before"]["3"] == numbers["before"]["3"] and set(fake["after"]) == {"3"}
+
+
+def test_a_run_can_be_repeated():
+    setting = TINY | {"way": qat_by_bits.LEARNED, "bits": [2]}
+    assert qat_by_bits.run(setting, seed=1).numbers == qat_by_bits.run(setting, seed=1).numbers
+
+
+def recorded(way, bits):
+    """(before, after) per cent of the test sentences right, of every seed."""
+    runs = [run for run in load_results("qat_by_bits")["runs"] if run["setting"]["way"] == way]
+    return {
+        run["seed"]: (run["before"][bits]["test"], run["after"][bits]["test"]) for run in runs if bits in run["after"]
+    }
+
+
+def test_what_the_lecture_says_of_training_through_the_grid_holds_on_every_seed():
+    for bits in ("3", "2"):
+        fake, control = recorded(qat_by_bits.FAKE, bits), recorded(qat_by_bits.FLOAT, bits)
+        assert set(fake) == set(control) >= {0, 1, 2}
+        for seed, (before, after) in fake.items():
+            assert before == control[seed][0]  # both begin with post-training quantization of the same teacher
+            assert after > before + 3
+            assert after > control[seed][1] + 3  # it is not the training alone
