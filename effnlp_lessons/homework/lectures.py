@@ -12,6 +12,7 @@ MODULES = {
     "distillation": "distillation",
     "pretraining": "pretraining",
     "quantization": "quantization",
+    "low_bit": "low_bit",
 }
 
 

@@ -8,11 +8,12 @@ over the input for its range, one to make its codes, and one over the result: fe
 all of the weight for every row. Quantizing the whole path instead (`integer_only`) saves these passes and needs ranges.
 torch's own layer of this kind is `torch.ao.quantization.quantize_dynamic` (8 bits, affine input).
 
-NOTE what was tried for each step, one thread, on a CPU with AVX-512 VNNI. The product: `torch._int_mm`, with a weight
-stored either way round, takes the same time, an eighth of float32's; `torch.matmul` of int32 has no fast kernel. The
-range: `amax` and `amin` are quicker than `aminmax`, and much quicker than `abs` first or a vector norm. The codes:
-multiplying, rounding in place and converting are quicker than `quantize_per_tensor(...).int_repr()`, which copies. The
-result: converting to float and one `addcmul` in place are quicker than an `addcmul` that converts on the way.
+NOTE what was tried for each step, on one thread of a CPU with AVX-512 VNNI. The product: `torch._int_mm`, an eighth of
+float32's time; a weight stored either way round takes the same. The range: `amax` and `amin` are quicker than
+`aminmax`, and much quicker than `abs` first or a vector norm. The codes: multiplying, rounding in place and converting
+are quicker than `quantize_per_tensor(...).int_repr()`, which copies (and which torch is going to remove). The result:
+converting to float and one `addcmul` in place are quicker than an `addcmul` that converts on the way. What remains
+beside the product is mostly memory traffic, which torch's layer avoids by doing all steps tile by tile in one kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor, nn
 
-from effnlp_lessons.quantization.integer_only import integer_product, largest_inner_size
+from effnlp_lessons.quantization.integer_only import largest_inner_size
 from effnlp_lessons.quantization.quantizers import quantize_matrix
 
 
@@ -32,15 +33,15 @@ class DynamicInt8Linear(nn.Module):
     """`linear` with an int8 weight, its input quantized on the fly; for inference, no gradient passes through it.
 
     Attributes:
-        weight: int8 (out, in), symmetric.
-        scale: float32 (out), S2 of every row.
+        weight: int8 (in, out), symmetric, the right factor of the product as it is read.
+        scale: float32 (out), S2 of every output.
         bias: float32 (out), zeros where the layer had none.
 
     Raises:
         ValueError: a weight that is not finite, an input width whose sums could exceed int32.
     """
 
-    weight: Int8[Tensor, "out in"]
+    weight: Int8[Tensor, "in out"]
     scale: Float32[Tensor, " out"]
     bias: Float32[Tensor, " out"]
 
@@ -50,7 +51,8 @@ class DynamicInt8Linear(nn.Module):
             raise ValueError(f"linear must have at most {largest_inner_size(127, 127)} inputs")
         matrix = quantize_matrix(linear.weight, 8, "row")
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
-        self.register_buffer("weight", matrix.codes)
+        # a clone has the strides of its shape, which `_int_mm` needs (see integer_only._plain)
+        self.register_buffer("weight", matrix.codes.t().clone(memory_format=torch.contiguous_format))
         self.register_buffer("scale", matrix.scale.flatten().float())
         self.register_buffer("bias", bias.clone())
 
@@ -60,24 +62,24 @@ class DynamicInt8Linear(nn.Module):
         Raises:
             ValueError: `x` that is not floating point, not finite, or not of width `in`.
         """
-        width = self.weight.shape[1]
-        if not x.is_floating_point() or x.shape[-1:] != (width,):
-            raise ValueError(f"x must be floating point (..., {width}), got {x.dtype} {tuple(x.shape)}")
+        weight = self.weight
+        if not x.is_floating_point() or x.shape[-1:] != weight.shape[:1]:
+            raise ValueError(f"x must be floating point (..., {len(weight)}), got {x.dtype} {tuple(x.shape)}")
         if not x.numel():
             return self.bias.expand(*x.shape[:-1], -1).clone()
-        flat = x.detach().reshape(-1, width)
+        flat = x.float().reshape(-1, len(weight)).contiguous()
         largest = max(flat.amax().item(), -flat.amin().item())
         if not math.isfinite(largest):
             raise ValueError("x must be finite")
         scale = largest / 127 if largest > 1e-30 else 1.0  # 1 / scale must be a float32
         codes = torch.mul(flat, 1 / scale).round_().to(torch.int8)
-        y = integer_product(codes, self.weight.t()).float()
-        y = torch.addcmul(self.bias, y, scale * self.scale, out=y)
+        y = torch._int_mm(codes, weight).float()
+        torch.addcmul(self.bias, y, scale * self.scale, out=y)
         return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         """Widths."""
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
 def with_dynamic_int8(model: nn.Module) -> nn.Module:

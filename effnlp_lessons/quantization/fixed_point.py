@@ -52,6 +52,13 @@ def _check_int32(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be int32, got {x.dtype}")
 
 
+def _high_mul(a: Int[Tensor, "*shape"], b: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """floor((a b + 2^30) / 2^31) of int32 tensors, int64: 2^31 where a = b = -2^31."""
+    _check_int32("a", a)
+    _check_int32("b", b)
+    return torch.mul(a.to(torch.int64), b).add_(2**30).bitwise_right_shift_(31)
+
+
 def saturating_rounding_doubling_high_mul(a: Int[Tensor, "*shape"], b: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """round(a b / 2^31) of int32 tensors, a half going up: floor((a b + 2^30) / 2^31), int32.
 
@@ -60,10 +67,7 @@ def saturating_rounding_doubling_high_mul(a: Int[Tensor, "*shape"], b: Int[Tenso
     Raises:
         ValueError: a tensor that is not int32.
     """
-    _check_int32("a", a)
-    _check_int32("b", b)
-    product = a.to(torch.int64).mul(b).add_(2**30)
-    return product.bitwise_right_shift_(31).clamp_(max=INT32_MAX).to(torch.int32)
+    return _high_mul(a, b).clamp_(max=INT32_MAX).to(torch.int32)
 
 
 def rounding_divide_by_pot(x: Int[Tensor, "*shape"], exponent: int | Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -80,8 +84,10 @@ def rounding_divide_by_pot(x: Int[Tensor, "*shape"], exponent: int | Int[Tensor,
     if ((exponent < 0) | (exponent > 31)).any():
         raise ValueError("exponent must be in 0 .. 31")
     mask = ((1 << exponent) - 1).to(torch.int32)
-    threshold = (mask >> 1) + (x < 0)  # a half is above it only where x is positive
-    return (x >> exponent.to(torch.int32)) + (x & mask > threshold)
+    # the largest r that is rounded down: x >> 31 is -1 where x is negative, and a half is not above it there
+    threshold = (mask >> 1) - (x >> 31)
+    above = threshold.sub_(x & mask).bitwise_right_shift_(31)  # -1 where r is above it, else 0: no comparison needed
+    return (x >> exponent.to(torch.int32)).sub_(above)
 
 
 def requantize(
@@ -117,7 +123,8 @@ def requantize(
         left = accumulator.to(torch.int64) << (-shift).clamp(min=0)
         accumulator = left.clamp_(INT32_MIN, INT32_MAX).to(torch.int32)
         shift = shift.clamp(min=0)
-    q = rounding_divide_by_pot(saturating_rounding_doubling_high_mul(accumulator, multiplier), shift)
+    # the multiplier is not negative: nothing saturates
+    q = rounding_divide_by_pot(_high_mul(accumulator, multiplier).to(torch.int32), shift)
     # clamped before Z is added: nothing can overflow
     q = q.clamp_(low, high).add_(zero_point)
     for dtype in (torch.int8, torch.uint8):

@@ -10,8 +10,8 @@ A polynomial of degree two needs an addition and a square, also on codes: with x
 
     q' = floor((q m + 2^(c-1)) / 2^c): from the scale S to S', with S / S' ~ m / 2^c, a "dyadic" number
 
-A module knows its input's scale from the start and keeps whole numbers only, as buffers. `forward` takes and gives
-integer codes and makes no float on the way; `output_scale` (float64, never read in `forward`) says what they stand for.
+A module knows its input's scale from the start and works with whole numbers that follow from it. `forward` takes and
+gives integer codes and makes no float on the way; `dequantize` says what the result stands for.
 
 NOTE the released code holds its integers in float tensors, clamps weights to -127 .. 126, rounds sqrt(2) to 1.4142,
 shifts the erf by a constant 14 bits, which destroys it at coarse scales, and divides a norm's bias by its weight, which
@@ -50,14 +50,24 @@ def _check_codes(q: Tensor) -> None:
         raise ValueError(f"codes must be int32, got {q.dtype}")
 
 
-class _IntegerModule(nn.Module):
-    """Whole numbers as int32 buffers, so that a file holds all that `forward` needs."""
+class IntegerModule(nn.Module):
+    """An operation on integer codes whose constants are whole numbers, in buffers: a file holds all that it needs.
 
-    def __init__(self, output_scale: float, **constants: int) -> None:
+    Attributes:
+        input_scale, output_scale: float64, what one unit of the codes is worth. They are for whoever reads the codes,
+            and no part of `forward`.
+    """
+
+    def __init__(self, input_scale: float | Tensor, output_scale: float, **constants: int) -> None:
         super().__init__()
-        self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
+        self.register_buffer("input_scale", torch.as_tensor(input_scale, dtype=torch.float64).clone())
+        self.register_buffer("output_scale", torch.as_tensor(output_scale, dtype=torch.float64).clone())
         for name, value in constants.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.int32))
+
+    def dequantize(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The real numbers, float64, that the module's output stands for."""
+        return codes * self.output_scale
 
 
 def polynomial_constants(a: float, b: float, c: float, scale: float) -> tuple[int, int, float]:
@@ -75,7 +85,7 @@ def polynomial_constants(a: float, b: float, c: float, scale: float) -> tuple[in
 def integer_polynomial(q: Int[Tensor, "*shape"], q_b: int | Tensor, q_c: int | Tensor) -> Int[Tensor, "*shape"]:
     """(q + q_b)^2 + q_c, in q's dtype: the caller sees to it that it fits."""
     shifted = q + q_b
-    return shifted * shifted + q_c
+    return (shifted * shifted).add_(q_c)
 
 
 def integer_sqrt(n: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -113,7 +123,7 @@ def dyadic(
     return m.to(torch.int64), shift.to(torch.int64) + 31
 
 
-class Rescale(nn.Module):
+class Rescale(IntegerModule):
     """int32 codes of one scale, or of one a channel, to clamped codes of another scale: clamp(Z + q m / 2^c).
 
     Args:
@@ -122,7 +132,7 @@ class Rescale(nn.Module):
         q_min, q_max: the output's smallest and largest code; int8 where they allow it, else int32.
 
     Raises:
-        ValueError: scales whose quotient is not positive, is 2^31 or more, or below 2^-23.
+        ValueError: scales whose quotient is not positive, is 2^31 or more, or below 2^-23 with a zero point.
     """
 
     def __init__(
@@ -133,17 +143,20 @@ class Rescale(nn.Module):
         q_max: int,
         zero_point: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(scale, output_scale, zero_point=zero_point)
         m, c = dyadic(torch.as_tensor(scale, dtype=torch.float64) / _check_scale(output_scale))
-        if (c > 54).any():
-            raise ValueError(f"scale must be at least 2^-23 of output_scale, got {scale} and {output_scale}")
+        if zero_point and (c > 54).any():
+            raise ValueError(f"scale must be at least 2^-23 of output_scale with a zero point, got {scale}")
         self.register_buffer("multiplier", m)
         self.register_buffer("shift", c)
         # a half, so that the shift rounds, and the zero point
         self.register_buffer("offset", (torch.ones_like(c) << (c - 1)) + (zero_point << c))
-        self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
         self.q_min, self.q_max = q_min, q_max
         self.dtype = torch.int8 if q_min >= -128 and q_max <= 127 else torch.int32
+
+    def dequantize(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The real numbers, float64, that the module's output stands for."""
+        return (codes.to(torch.int32) - self.zero_point) * self.output_scale
 
     def forward(self, q: Int[Tensor, "*rows channels"]) -> Int[Tensor, "*rows channels"]:
         """Codes of the output's scale.
@@ -156,7 +169,7 @@ class Rescale(nn.Module):
         return wide.clamp_(self.q_min, self.q_max).to(self.dtype)
 
 
-class IntegerGelu(_IntegerModule):
+class IntegerGelu(IntegerModule):
     """GELU(x) = x / 2 (1 + erf(x / sqrt 2)) on int32 codes of the scale S within -65,535 .. 65,535 (Alg. 2).
 
     Largest error for a fine scale 0.018, near |x| = 2.5, and a root mean square of 0.0082 on [-4, 4]. The result has
@@ -176,7 +189,8 @@ class IntegerGelu(_IntegerModule):
         if half - 2 * q_c > INT32_MAX or scale > 1:
             raise ValueError(f"scale must be in 8.1e-5 .. 1, got {scale}")
         # one_and_half: 1 for 1 + erf, and a half so that the shift rounds
-        super().__init__(-scale * erf_scale * 2**shift / 2, q_b=q_b, q_c=q_c, one_and_half=half - q_c, shift=shift)
+        output_scale = -scale * erf_scale * 2**shift / 2
+        super().__init__(scale, output_scale, q_b=q_b, q_c=q_c, one_and_half=half - q_c, shift=shift)
 
     def forward(self, q: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """int32 codes of the GELU, of `output_scale`.
@@ -186,12 +200,12 @@ class IntegerGelu(_IntegerModule):
         """
         _check_codes(q)
         magnitude = torch.minimum(q.abs(), -self.q_b)
-        erf = -integer_polynomial(magnitude, self.q_b, self.q_c)
-        erf = torch.where(q < 0, -erf, erf)  # sgn; where q is 0 the product below is
-        return q * ((self.one_and_half + erf) >> self.shift)
+        # a < 0: the polynomial is counted down
+        erf = q.sign().mul_(integer_polynomial(magnitude, self.q_b, self.q_c))
+        return (self.one_and_half - erf).bitwise_right_shift_(self.shift).mul_(q)
 
 
-class IntegerExp(_IntegerModule):
+class IntegerExp(IntegerModule):
     """exp(x) of int32 codes x <= 0 of the scale S, as codes of 16 bits: 0 .. 65,535 (Alg. 3, i-exp).
 
     Codes above 0 have no meaning here.
@@ -207,7 +221,7 @@ class IntegerExp(_IntegerModule):
         left = 30 - (q_b**2 + q_c).bit_length()  # exp(0), the largest, fills 30 bits
         if left < 0 or q_ln2 < 1:
             raise ValueError(f"scale must be in 5.2e-5 .. ln 2, got {scale}")
-        super().__init__(exp_scale * 2.0 ** (14 - left), q_b=q_b, q_c=q_c, q_ln2=q_ln2, left=left)
+        super().__init__(scale, exp_scale * 2.0 ** (14 - left), q_b=q_b, q_c=q_c, q_ln2=q_ln2, left=left)
 
     def forward(self, q: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """int32 codes of exp, of `output_scale`.
@@ -222,7 +236,7 @@ class IntegerExp(_IntegerModule):
         return (integer_polynomial(p, self.q_b, self.q_c) << self.left) >> (z + 14)
 
 
-class IntegerSoftmax(_IntegerModule):
+class IntegerSoftmax(IntegerModule):
     """softmax over the last dimension of int32 codes of the scale S, as codes 0 .. 2^bits - 1 of the scale 2^-bits.
 
     A row's weights add up to less than 1: each is rounded down, and loses half a code in the mean.
@@ -234,7 +248,7 @@ class IntegerSoftmax(_IntegerModule):
     def __init__(self, scale: float, output_bits: int = 8) -> None:
         if not 2 <= output_bits <= 16:
             raise ValueError(f"output_bits must be in 2 .. 16, got {output_bits}")
-        super().__init__(2.0**-output_bits, shift=31 - output_bits)
+        super().__init__(scale, 2.0**-output_bits, shift=31 - output_bits)
         self.exp = IntegerExp(scale)
 
     def forward(
@@ -259,7 +273,7 @@ class IntegerSoftmax(_IntegerModule):
         return (exp * reciprocal) >> self.shift
 
 
-class IntegerLayerNorm(nn.Module):
+class IntegerLayerNorm(IntegerModule):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, int32 codes to int32 codes.
 
     The input's scale cancels, except in eps. Weight and bias are put on the output's scale, one m / 2^c a channel.
@@ -283,19 +297,17 @@ class IntegerLayerNorm(nn.Module):
         scale: float,
         output_scale: float,
     ) -> None:
-        super().__init__()
+        super().__init__(_check_scale(scale), _check_scale(output_scale))
         if weight.ndim != 1 or weight.shape != bias.shape:
             got = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
             raise ValueError(f"weight and bias must be vectors of one length, got {got}")
-        scale, output_scale, width = _check_scale(scale), _check_scale(output_scale), len(weight)
-        weight, bias = weight.detach().double(), bias.detach().double()
+        width, weight, bias = len(weight), weight.detach().double(), bias.detach().double()
         codes = torch.round(bias / output_scale)
         if not (codes.abs() < 2**30).all():
             raise ValueError(f"bias must be finite and below 2^30 output_scale, got {bias.abs().max().item()}")
         # y / sqrt(sum y^2) has the scale 2^-31, and times sqrt(width) it is normal; the weight may be negative or 0
         factor = weight * math.sqrt(width) / 2**31 / output_scale
         multiplier, shift = dyadic(factor.abs().clamp(min=2.0**-40))
-        self.register_buffer("output_scale", torch.tensor(output_scale, dtype=torch.float64))
         self.register_buffer("multiplier", multiplier * factor.sign().to(torch.int64))
         self.register_buffer("shift", shift)
         self.register_buffer("offset", torch.ones_like(shift) << (shift - 1))  # a half

@@ -12,6 +12,8 @@ point (`fixed_point`). The pooler's tanh is a table of 256 codes: of 8 bits any 
 
 NOTE I-BERT keeps its products and sums on a different scale for every channel and lets GELU compute with it. Here they
 are rescaled to one scale first, in 16 bits.
+NOTE I-BERT has one scale for a table of embeddings. Of MiniLM's positions the first has a number ten times as large as
+any other has; on one scale the table would lose a sixth. Here every row has a scale.
 NOTE I-BERT is symmetric everywhere. The softmax's 0 .. 255 and the GELU's output, which is hardly negative, would lose
 a bit by it: they have a zero point here.
 """
@@ -125,29 +127,28 @@ def integer_linear(
 
 
 class IntegerEmbeddings(nn.Module):
-    """Tokens, positions and segment 0, int8 tables with a scale each, summed on one int32 scale and normed."""
+    """Tokens, positions and segment 0: int8 tables with a scale for every row, summed on one int32 scale and normed."""
 
     def __init__(self, embeddings: Embeddings, output_scale: float) -> None:
         super().__init__()
         tables = {"tokens": embeddings.tokens.weight, "positions": embeddings.positions.weight}
         if embeddings.segments is not None:
             tables["segments"] = embeddings.segments.weight[:1]
-        matrices = {name: quantize_matrix(table, 8, "tensor") for name, table in tables.items()}
-        # whole multiples of a small scale, and no shift: the norm divides by the scale anyway
-        scale = max(matrix.scale.item() for matrix in matrices.values()) / 2**14
+        matrices = {name: quantize_matrix(table, 8, "row") for name, table in tables.items()}
+        # a row's multiplier is whole, and no shift follows: the norm divides by the scale anyway
+        scale = max(matrix.scale.max().item() for matrix in matrices.values()) / 2**15
         for name, matrix in matrices.items():
             self.register_buffer(name, matrix.codes)
-            multiplier = round(matrix.scale.item() / scale)
-            self.register_buffer(f"{name}_multiplier", torch.tensor(multiplier, dtype=torch.int32))
+            self.register_buffer(f"{name}_multiplier", torch.round(matrix.scale / scale).to(torch.int32))
         norm = embeddings.norm
         self.norm = IntegerLayerNorm(norm.weight, norm.bias, norm.eps, scale, output_scale)
 
     def forward(self, token_ids: Int[Tensor, "batch length"]) -> Int32[Tensor, "batch length d_model"]:
         length = token_ids.shape[1]
-        x = self.tokens[token_ids].to(torch.int32) * self.tokens_multiplier
-        x += self.positions[:length].to(torch.int32) * self.positions_multiplier
+        x = self.tokens[token_ids] * self.tokens_multiplier[token_ids]
+        x += self.positions[:length] * self.positions_multiplier[:length]
         if hasattr(self, "segments"):
-            x += self.segments.to(torch.int32) * self.segments_multiplier
+            x += self.segments * self.segments_multiplier
         return self.norm(x)
 
 
@@ -255,6 +256,8 @@ class IntegerClassifier(nn.Module):
     def __init__(self, model: SentenceClassifier, ranges: Ranges) -> None:
         super().__init__()
         encoder = model.encoder
+        if encoder.config.norm_first:
+            raise ValueError("model must have its norms after the sums (norm_first=False)")
         self.vocab_size, self.max_length = encoder.config.vocab_size, encoder.config.max_length
         grid = int8_grid(ranges["encoder.embeddings.norm.output"])
         self.embeddings = IntegerEmbeddings(encoder.embeddings, grid.scale.item() / FINE)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnlp_lessons.quantization.batch_norm import fold_statistics
 from effnlp_lessons.quantization.integer_only import ACTIVATIONS, IntegerLinear
 from effnlp_lessons.quantization.post_training import Bits, QuantizedLinear, bits_of, block_linears
 from effnlp_lessons.quantization.quantizers import (
@@ -189,7 +190,7 @@ class FakeQuantizedNormedLinear(FakeQuantizedLinear):
     frozen, the running ones, with which inference folds.
 
     Raises:
-        ValueError: a norm without gamma and beta or without running statistics, or of another width.
+        ValueError: a norm without running statistics or of another width.
     """
 
     frozen: Tensor
@@ -206,25 +207,20 @@ class FakeQuantizedNormedLinear(FakeQuantizedLinear):
         activation: str | None = None,
     ) -> None:
         super().__init__(linear, bits, granularity, input=input, output=output, activation=activation)
-        if norm.weight is None or norm.running_mean is None or norm.num_features != linear.out_features:
-            raise ValueError(f"norm must be affine, with running statistics, of width {linear.out_features}")
+        if norm.running_mean is None or norm.num_features != linear.out_features:
+            raise ValueError(f"norm must have running statistics and width {linear.out_features}")
         self.norm = norm
         self.register_buffer("frozen", torch.tensor(False))
 
-    def _fold(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        factor = self.norm.weight / torch.sqrt(variance + self.norm.eps)
-        bias = 0 if self.bias is None else self.bias
-        return factor[:, None] * self.weight, self.norm.bias + factor * (bias - mean)
-
     def inference_parameters(self) -> tuple[Tensor, Tensor]:
-        return self._fold(self.norm.running_mean, self.norm.running_var)
+        return fold_statistics(self, self.norm, self.norm.running_mean, self.norm.running_var)
 
     def training_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.frozen:
             return self.inference_parameters()
         z = F.linear(x, self.weight, self.bias).flatten(0, -2)
         self.norm(z)  # moves the running statistics
-        return self._fold(z.mean(0), z.var(0, correction=0))
+        return fold_statistics(self, self.norm, z.mean(0), z.var(0, correction=0))
 
 
 def freeze_ranges_(model: nn.Module) -> None:
@@ -359,6 +355,8 @@ def convert_to_integers(stack: nn.Sequential) -> nn.Sequential:
     Raises:
         ValueError: a stack that saw no batch or whose delay is not over, weights on other grids than one a row or one.
     """
+    if not len(stack) or not all(isinstance(layer, FakeQuantizedLinear) and layer.output for layer in stack):
+        raise ValueError("stack must come from prepare_integer_stack: every layer needs an output grid")
     layers, grid = [], None
     for layer in stack:
         for activation in (layer.input, layer.output):

@@ -35,14 +35,20 @@ TWN_FACTOR = 0.7
 Ternary = tuple[Float[Tensor, " blocks"], Int8[Tensor, "blocks numbers"]]  # alpha and b
 
 
+def _finite_from(x: Tensor, lowest: float) -> bool:
+    """Whether all numbers are finite and >= lowest."""
+    low, high = torch.aminmax(x) if x.numel() else (x.new_zeros(()), x.new_zeros(()))  # NaN comes through
+    return bool(low >= lowest and low.isfinite() and high.isfinite())
+
+
 def _check(w: Tensor, d: Tensor | None = None) -> None:
     if w.ndim != 2 or not w.shape[1] or not w.is_floating_point():
         raise ValueError(f"w must be floats (blocks, numbers) with a number in each, got {w.dtype} {tuple(w.shape)}")
-    if not torch.isfinite(w).all():
+    if not _finite_from(w, -torch.inf):
         raise ValueError("w must be finite")
     if d is not None and d.shape != w.shape:
         raise ValueError(f"d must have the shape of w, {tuple(w.shape)}, got {tuple(d.shape)}")
-    if d is not None and not (torch.isfinite(d).all() and (d >= 0).all()):
+    if d is not None and not _finite_from(d, 0):
         raise ValueError("d must be finite and >= 0")
 
 
@@ -51,8 +57,13 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
 
 
+def _above(size: Tensor, threshold: Tensor) -> Tensor:
+    """1 where |w| is above its block's threshold, 0 elsewhere, as floats: products with bools are slow."""
+    return (size - threshold[:, None]).sign().clamp_(min=0)
+
+
 def _codes(w: Tensor, kept: Tensor) -> Int8[Tensor, "blocks numbers"]:
-    """b: sign(w) where it is kept, 0 elsewhere."""
+    """b: sign(w) where `kept` is 1, 0 elsewhere."""
     return (w.sign() * kept).to(torch.int8)
 
 
@@ -66,8 +77,8 @@ def twn(w: Float[Tensor, "blocks numbers"]) -> Ternary:
     """
     _check(w)
     size = w.abs()
-    kept = size > TWN_FACTOR * size.mean(-1, keepdim=True)
-    alpha = _ratio((size * kept).sum(-1), kept.sum(-1).to(w.dtype))
+    kept = _above(size, TWN_FACTOR * size.mean(-1))
+    alpha = _ratio((size * kept).sum(-1), kept.sum(-1))
     return alpha, _codes(w, kept)
 
 
@@ -97,9 +108,9 @@ def lat_exact(w: Float[Tensor, "blocks numbers"], d: Float[Tensor, "blocks numbe
     # c_k = sum_{i<=k} d|w| / (2 sum_{i<=k} d)
     c = _ratio((weights * size).cumsum(-1), 2 * mass)
     best = (c.square() * mass).argmax(-1, keepdim=True)
-    threshold = c.gather(-1, best)
-    kept = (w.abs() > threshold) & (threshold > 0)
-    return (2 * threshold[:, 0]).to(w.dtype), _codes(w, kept)
+    threshold = c.gather(-1, best)[:, 0]
+    kept = _above(w.abs().double(), threshold) * (threshold > 0)[:, None]
+    return (2 * threshold).to(w.dtype), _codes(w, kept)
 
 
 def lat_approximate(
@@ -127,16 +138,16 @@ def lat_approximate(
         return _ratio((weighted * kept).sum(-1), (weights * kept).sum(-1))
 
     alpha, codes = twn(w)
-    kept = codes != 0
+    kept = codes.abs().to(w.dtype)
     moving = torch.ones_like(alpha, dtype=torch.bool)
     for _ in range(iterations):
         before, alpha = alpha, torch.where(moving, best_alpha(kept), alpha)
-        kept = torch.where(moving[:, None], size > alpha[:, None] / 2, kept)
+        kept = _above(size, alpha / 2)
         moving &= (alpha - before).abs() > tolerance
         if not moving.any():
             break
     alpha = best_alpha(kept)  # for the last kept set
-    return alpha, _codes(w, kept & (alpha > 0)[:, None])
+    return alpha, _codes(w, kept * (alpha > 0)[:, None])
 
 
 def ternarize_matrix(

@@ -79,7 +79,10 @@ def quantize_activations(
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     with torch.no_grad():
         clipped = x if clip is None else x.clamp(-clip, clip)
-        quantized = affine_quantizer(clipped.amin(), clipped.amax(), bits)(clipped)
+        grid = affine_quantizer(*torch.aminmax(clipped), bits)
+        # grid(clipped), in place: S (clamp(round(x / S) + Z) - Z)
+        q = (clipped / grid.scale).round_().add_(grid.zero_point).clamp_(grid.q_min, grid.q_max)
+        quantized = q.sub_(grid.zero_point).mul_(grid.scale)
     return _StraightThrough.apply(x, quantized, clip)
 
 
@@ -183,13 +186,14 @@ class QuantizedAttention(SelfAttention):
 
 
 def ternarize(
-    model: SentenceClassifier, method: Method = "twn", *, bits: int | None = BITS, clip: float | None = CLIP
+    model: SentenceClassifier, method: Method | None = "twn", *, bits: int | None = BITS, clip: float | None = CLIP
 ) -> SentenceClassifier:
     """A student with the model's weights as latent ones: ternary linear layers, pooler and token table.
 
     Args:
         model: a fine-tuned classifier; it is left as it is, and the student shares nothing with it.
-        method: how weights become ternary: "twn", "lat" (approximate) or "lat exact".
+        method: how weights become ternary: "twn", "lat" (approximate) or "lat exact". None: they stay as they are,
+            only the activations are quantized.
         bits: of the activations; None leaves them in float32.
         clip: of the activations before they are quantized; None: their whole range.
 
@@ -200,7 +204,7 @@ def ternarize(
     encoder = student.encoder
 
     def linear(layer: nn.Linear) -> QuantizedInput:
-        return QuantizedInput(TernaryLinear(layer, method), bits, clip)
+        return QuantizedInput(layer if method is None else TernaryLinear(layer, method), bits, clip)
 
     for i, block in enumerate(encoder.blocks):
         mixer, feed_forward = block.token_mixer, block.channel_mixer
@@ -212,7 +216,8 @@ def ternarize(
         block.token_mixer = QuantizedAttention(encoder.config, parts, bits, clip)
         feed_forward.expand, feed_forward.contract = linear(feed_forward.expand), linear(feed_forward.contract)
     encoder.pooler = linear(encoder.pooler)
-    encoder.embeddings.tokens = TernaryEmbedding(encoder.embeddings.tokens, method)
+    if method is not None:
+        encoder.embeddings.tokens = TernaryEmbedding(encoder.embeddings.tokens, method)
     return student
 
 

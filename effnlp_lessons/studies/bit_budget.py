@@ -16,7 +16,8 @@ its groups of rows: of those, 2 bits leave little of this small model without tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -175,9 +176,15 @@ def hessian_choice(omega: Sequence[float], reverse: bool = False) -> Bits:
     return tuple(allocate_bits([sign * value for value in omega], LOW, HIGH, count=LAYERS // 2))
 
 
-def rank(bits: Bits, accuracy: dict[Bits, float]) -> int:
+def rank(bits: Bits, accuracy: Mapping[Bits, float]) -> int:
     """Place of a choice among the 20 of equal size: 1 + how many are more accurate."""
     return 1 + sum(accuracy[other] > accuracy[bits] for other in EQUAL_SIZE)
+
+
+def standard_error(accuracy: float, sentences: int) -> float:
+    """Of an accuracy in per cent, in points: 100 sqrt(p (1 - p) / n)."""
+    share = accuracy / 100
+    return 100 * math.sqrt(share * (1 - share) / sentences)
 
 
 STUDY = Study(

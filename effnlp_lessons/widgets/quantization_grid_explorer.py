@@ -270,7 +270,7 @@ class QuantizationGridExplorer(Explorer):
         self._picture.draw(
             numbers,
             {
-                "weight": _weight(numbers),
+                "weight": f"Now {_weight(numbers)}",
                 "held": _levels(numbers, "held"),
                 "elsewhere": _levels(numbers, "elsewhere"),
                 "clipped": f"{numbers['clipped']:,} weight{'s' * (numbers['clipped'] != 1)} clipped",
@@ -316,7 +316,8 @@ class QuantizationGridExplorer(Explorer):
 def _grid(weights: Tensor, codes: Tensor, quantizer: LinearQuantizer) -> dict[str, Any]:
     """Weights with their grid, and which of its levels they use."""
     every = torch.arange(quantizer.q_min, quantizer.q_max + 1, dtype=torch.int32)
-    used = torch.bincount(codes.to(torch.int32) - quantizer.q_min, minlength=len(every)) > 0
+    # read as uint8, negative codes are 256 higher: no wider copy of all of them is made to count
+    used = torch.bincount(codes.view(torch.uint8), minlength=256)[every % 256] > 0
     return {
         "weights": weights.numpy(),
         "scale": float(quantizer.scale),

@@ -76,7 +76,7 @@ def is_clipped(
 ) -> Bool[Tensor, "*shape"]:
     """Whether the code round(z / S) + Z is one that the clamp changes."""
     q_min, q_max = integer_range(bits, symmetric)
-    code = torch.round(weights / scale) + zero_point
+    code = (weights / scale).round_().add_(zero_point)
     return (code < q_min) | (code > q_max)
 
 

@@ -328,6 +328,7 @@ def test_sources_of_the_course():
     assert names["minilm"] == ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "README.md"]
     assert names["movie_reviews"] == ["movieReviewSnippets_GroundTruth.txt"]
     assert names["minilm_l3"] == ["paraphrase-MiniLM-L3-v2.onnx"]
+    assert names["minilm_int8"] == ["model.onnx"]
     assert len(names["general_text"]) == 3
     assert names["mnist5k"] == ["mnist_5k.csv.gz"]
     assert len(names["shakespeare"]) == 42

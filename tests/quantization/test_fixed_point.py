@@ -164,10 +164,11 @@ def test_dtype_of_the_range(low, high, dtype):
 
 
 def test_nothing_wraps_at_the_ends_of_int32():
-    q, shift = quantize_multiplier(4.0)
     ends = int32(-(2**31), 2**31 - 1)
-    assert requantize(ends, q, shift, 100, -128, 127).tolist() == [-128, 127]
-    assert requantize(ends, q, shift, -100, -128, 127).tolist() == [-128, 127]
+    for multiplier in (1 - 2.0**-31, 4.0):  # the largest without a shift to the left, and one with
+        q, shift = quantize_multiplier(multiplier)
+        for zero_point in (100, -100):
+            assert requantize(ends, q, shift, zero_point, -128, 127).tolist() == [-128, 127]
 
 
 def test_every_column_has_its_own_multiplier():

@@ -157,7 +157,7 @@ def test_one_code_from_fake_quantization(granularity, activation):
 
 
 def test_activations_are_clamps():
-    output = affine_quantizer(torch.tensor(-8.0), torch.tensor(8.0), 8, signed=True)
+    output = affine_quantizer(torch.tensor(-4.0), torch.tensor(8.0), 8, signed=True)
     input = symmetric_quantizer(torch.tensor(12.7), 8)
     results = {}
     for activation in (None, "relu", "relu6"):

@@ -66,6 +66,7 @@ def test_only_the_chosen_layers_change():
     assert set(quantized_layers(quantize_embeddings(model, 8, names=["encoder.embeddings.tokens"]))) < tables
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+    quantized = quantize_linears(model, 4)
     quantized.get_parameter("head.weight").data.zero_()
     quantized.get_parameter("encoder.blocks.0.token_mixer.query.bias").data.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnlp_lessons.heads import SentenceClassifier
+from effnlp_lessons.quantization.batch_norm import fold_batch_norm
 from effnlp_lessons.quantization.post_training import (
     QuantizedLinear,
     block_linears,
@@ -394,16 +395,18 @@ def test_every_integer_layer_is_within_one_unit_of_training(kind, bits, granular
 
 
 def test_a_row_of_zeros_keeps_its_bias():
-    stack = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    """Its scale is 1 for want of weights: S1 S2, the unit of its bias, would be far coarser than the output's."""
+    stack, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), normal(50, 4, scale=40)
     with torch.no_grad():
+        stack[0].weight.copy_(normal(3, 4, seed=1, scale=0.01))
         stack[0].weight[1] = 0
         stack[0].bias[1] = 0.777
     prepared = prepare_integer_stack(stack)
-    x = normal(50, 4)
     prepared(x)
     prepared.eval()
     integers = convert_to_integers(prepared)
     out = integers[-1].output.dequantize(integers(integers[0].input.quantize(x)))
+    # one unit in the last place, and a rounding of float32
     assert (out - prepared(x)).abs().max() <= 1.001 * integers[-1].output.scale
 
 
@@ -415,6 +418,8 @@ def test_what_cannot_become_integers():
         prepare_integer_stack(nn.Sequential(nn.ReLU(), nn.Linear(4, 3)))
     with pytest.raises(ValueError, match="at least one"):
         prepare_integer_stack(nn.Sequential())
+    with pytest.raises(ValueError, match="must come from"):
+        convert_to_integers(stack)
     with pytest.raises(ValueError, match="no batch"):
         convert_to_integers(prepare_integer_stack(stack))
     delayed = prepare_integer_stack(stack, delay=3)
@@ -461,16 +466,16 @@ def test_the_folded_weight_is_what_is_quantized():
     linear, norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
     norm.weight.data, norm.running_var = torch.tensor([1.0, 30.0, 0.1, 2.0]), torch.tensor([4.0, 1.0, 1.0, 0.2])
     layer = FakeQuantizedNormedLinear(linear, norm, 4, "tensor").eval()
-    folded = linear.weight * (norm.weight / torch.sqrt(norm.running_var + norm.eps))[:, None]
+    folded = fold_batch_norm(linear, norm.eval()).weight
     assert torch.equal(layer.quantized_weight().codes, quantize_matrix(folded, 4, "tensor").codes)
     assert not torch.equal(layer.quantized_weight().codes, quantize_matrix(linear.weight, 4, "tensor").codes)
     x = normal(8, 6)
     assert torch.equal(convert_weights(nn.Sequential(layer))(x), layer(x))
     assert isinstance(convert_weights(nn.Sequential(layer))[0], QuantizedLinear)
-    with pytest.raises(ValueError, match="norm must be"):
+    with pytest.raises(ValueError, match="norm must have"):
         FakeQuantizedNormedLinear(linear, nn.BatchNorm1d(5), 4)
-    with pytest.raises(ValueError, match="norm must be"):
-        FakeQuantizedNormedLinear(linear, nn.BatchNorm1d(4, affine=False), 4)
+    with pytest.raises(ValueError, match="norm must have"):
+        FakeQuantizedNormedLinear(linear, nn.BatchNorm1d(4, track_running_stats=False), 4)
 
 
 def test_the_ends_of_a_symmetric_grid_are_inside():

@@ -186,6 +186,16 @@ def test_aciq_reaches_its_ratio_around_the_mean():
         torch.testing.assert_close((high + low) / 2, values.mean(-1))
 
 
+def test_aciq_by_hand():
+    values = torch.tensor([[-3.0, 0, 0, 0, 0, 0, 0, 3], [-2.0, 1, 1, 1, 1, 1, 1, 4]])
+    low, high = aciq_gaussian(2)(values)  # sigma = sqrt(18 / 8) = 1.5
+    reach = 1.710635 * 1.5
+    assert [*low.tolist(), *high.tolist()] == pytest.approx([-reach, 1 - reach, reach, 1 + reach], abs=1e-5)
+    low, high = aciq_laplace(2)(values)  # b = 6 / 8
+    reach = 2.83 * 0.75
+    assert [*low.tolist(), *high.tolist()] == pytest.approx([-reach, 1 - reach, reach, 1 + reach], abs=0.005)
+
+
 def test_aciq_stays_inside_the_numbers():
     values = torch.tensor([[-1.0, 0.0, 3.0], [2.0, 2.0, 2.0]])
     low, high = aciq_laplace(8)(values)

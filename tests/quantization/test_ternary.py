@@ -211,7 +211,7 @@ def test_matrices_by_block(method, granularity):
 def test_one_alpha_a_row_fits_better_than_one_a_matrix():
     w = random(20, 64, seed=20) * torch.linspace(0.1, 3, 20, dtype=torch.float64)[:, None]
     errors = {g: (ternarize_matrix(w, "twn", g).dequantize() - w).square().sum() for g in ("tensor", "row")}
-    assert errors["row"] < 0.7 * errors["tensor"]
+    assert errors["row"] < 0.8 * errors["tensor"]
 
 
 def test_a_strided_matrix_and_a_parameter():
