@@ -36,6 +36,7 @@ ERF = (-0.2888, -1.769)  # a, b; c = 1
 EXP_PRINTED = (0.3585, 1.353, 0.344)  # a (p + b)^2 + c as the paper prints it
 # the released code's a p^2 + b p + 1, as a (p + b)^2 + c
 EXP_RELEASED = (0.35815147, 0.96963238 / 0.35815147 / 2, 1 - 0.96963238**2 / 0.35815147 / 4)
+FINEST = 1e-4  # squares of codes of a finer scale would leave 32 bits
 
 
 def _check_scale(scale: float) -> float:
@@ -68,6 +69,14 @@ class IntegerModule(nn.Module):
     def dequantize(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The real numbers, float64, that the module's output stands for."""
         return codes * self.output_scale
+
+
+def _coarser(scale: float) -> tuple[float, int]:
+    """A scale of at least FINEST, and the bits by which codes are shifted to the right to have it."""
+    down = max(0, math.ceil(math.log2(FINEST / _check_scale(scale))))
+    if down > 31:
+        raise ValueError(f"scale must be at least 5e-14, got {scale}")
+    return scale * 2**down, down
 
 
 def polynomial_constants(a: float, b: float, c: float, scale: float) -> tuple[int, int, float]:
@@ -173,24 +182,24 @@ class IntegerGelu(IntegerModule):
     """GELU(x) = x / 2 (1 + erf(x / sqrt 2)) on int32 codes of the scale S within -65,535 .. 65,535 (Alg. 2).
 
     Largest error for a fine scale 0.018, near |x| = 2.5, and a root mean square of 0.0082 on [-4, 4]. The result has
-    the size of x and up to 31 bits: it is meant to be requantized.
+    the size of x and up to 31 bits: it is meant to be requantized. Codes of a scale below 1e-4 lose their last bits.
 
     Raises:
-        ValueError: a scale below 8.1e-5, at which twice the square would leave 32 bits, or above 1.
+        ValueError: a scale that is not positive, or above 1.
     """
 
     def __init__(self, scale: float) -> None:
-        scale = _check_scale(scale)
+        coarse, down = _coarser(scale)
+        if coarse > 1:
+            raise ValueError(f"scale must be at most 1, got {scale}")
         a, b = ERF
         # sgn(q) a S^2 [(|q| + q_b)^2 + q_c], with a < 0: one = -q_c stands for 1
-        q_b, q_c, erf_scale = polynomial_constants(a, b, 1.0, scale / math.sqrt(2))
+        q_b, q_c, erf_scale = polynomial_constants(a, b, 1.0, coarse / math.sqrt(2))
         shift = max(0, (-q_c).bit_length() - 14)  # 16 bits times 2 * 14 bits: an int32
-        half = 2**shift // 2
-        if half - 2 * q_c > INT32_MAX or scale > 1:
-            raise ValueError(f"scale must be in 8.1e-5 .. 1, got {scale}")
         # one_and_half: 1 for 1 + erf, and a half so that the shift rounds
-        output_scale = -scale * erf_scale * 2**shift / 2
-        super().__init__(scale, output_scale, q_b=q_b, q_c=q_c, one_and_half=half - q_c, shift=shift)
+        one_and_half = 2**shift // 2 - q_c
+        output_scale = -coarse * erf_scale * 2**shift / 2
+        super().__init__(scale, output_scale, down=down, q_b=q_b, q_c=q_c, one_and_half=one_and_half, shift=shift)
 
     def forward(self, q: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """int32 codes of the GELU, of `output_scale`.
@@ -199,6 +208,8 @@ class IntegerGelu(IntegerModule):
             ValueError: codes that are not int32.
         """
         _check_codes(q)
+        if self.down:
+            q = q >> self.down
         magnitude = torch.minimum(q.abs(), -self.q_b)
         # a < 0: the polynomial is counted down
         erf = q.sign().mul_(integer_polynomial(magnitude, self.q_b, self.q_c))
@@ -208,20 +219,21 @@ class IntegerGelu(IntegerModule):
 class IntegerExp(IntegerModule):
     """exp(x) of int32 codes x <= 0 of the scale S, as codes of 16 bits: 0 .. 65,535 (Alg. 3, i-exp).
 
-    Codes above 0 have no meaning here.
+    Codes above 0 have no meaning here. Codes of a scale below 1e-4 lose their last bits.
 
     Raises:
-        ValueError: a scale below 5.2e-5, at which the square would leave 30 bits, or above ln 2.
+        ValueError: a scale that is not positive, or above ln 2.
     """
 
     def __init__(self, scale: float, coefficients: tuple[float, float, float] = EXP_RELEASED) -> None:
-        scale = _check_scale(scale)
-        q_b, q_c, exp_scale = polynomial_constants(*coefficients, scale)
-        q_ln2 = math.floor(math.log(2) / scale)
+        coarse, down = _coarser(scale)
+        q_b, q_c, exp_scale = polynomial_constants(*coefficients, coarse)
+        q_ln2 = math.floor(math.log(2) / coarse)
+        if q_ln2 < 1:
+            raise ValueError(f"scale must be at most ln 2, got {scale}")
         left = 30 - (q_b**2 + q_c).bit_length()  # exp(0), the largest, fills 30 bits
-        if left < 0 or q_ln2 < 1:
-            raise ValueError(f"scale must be in 5.2e-5 .. ln 2, got {scale}")
-        super().__init__(scale, exp_scale * 2.0 ** (14 - left), q_b=q_b, q_c=q_c, q_ln2=q_ln2, left=left)
+        output_scale = exp_scale * 2.0 ** (14 - left)
+        super().__init__(scale, output_scale, down=down, q_b=q_b, q_c=q_c, q_ln2=q_ln2, left=left)
 
     def forward(self, q: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """int32 codes of exp, of `output_scale`.
@@ -230,6 +242,8 @@ class IntegerExp(IntegerModule):
             ValueError: codes that are not int32.
         """
         _check_codes(q)
+        if self.down:
+            q = q >> self.down
         # z = floor(-x / ln 2), from 17 on the result is 0;  p = x + z ln 2
         z = torch.div(-q, self.q_ln2, rounding_mode="trunc").clamp_(max=17)
         p = torch.maximum(q + z * self.q_ln2, -self.q_ln2)

@@ -7,8 +7,8 @@
 
 Weights, embeddings and whatever enters a product are int8. Softmax, GELU and norm (`ibert`) read int32, and so do the
 residual sums: their small parts would be rounded away beside the large ones. All scales are found beforehand, from the
-ranges of the real model's activations on some sentences; at run time a change of scale is a multiplication in fixed
-point (`fixed_point`). The pooler's tanh is a table of 256 codes: of 8 bits any function is a table.
+ranges of the real model's activations on some sentences; at run time a change of scale is a multiplication by m / 2^c
+(`ibert.Rescale`). The pooler's tanh is a table of 256 codes: of 8 bits any function is a table.
 
 NOTE I-BERT keeps its products and sums on a different scale for every channel and lets GELU compute with it. Here they
 are rescaled to one scale first, in 16 bits.

@@ -48,7 +48,7 @@ def _plain(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows or its columns lie in memory one after the other, else a copy whose rows do.
 
     NOTE torch 2.13's `_int_mm` on a CPU leaves its result unset, without an error, where a matrix of one row has the
-    strides (1, 1), as a transposed column has. It is a copy here that avoids this.
+    strides (1, 1), as a transposed column has. Such a matrix is copied.
     """
     (rows, columns), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
     if (along == 1 and down >= columns) or (down == 1 and along >= rows > 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -60,17 +60,18 @@ def _hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
 def shares_of_time(model: IntegerClassifier, token_ids: Tensor, key_padding_mask: Tensor) -> dict[str, float]:
     """The share of the time of one call that each part takes (1 in all), largest first.
 
-    A module's time is its own, without that of the modules inside it. One warm-up, then the mean of five calls.
+    A module's time is its own, without that of the modules inside it, in the thread's time and not on the clock, which
+    would count the machine's other work. One warm-up, then the mean of five calls.
     """
     seconds: dict[str, float] = defaultdict(float)
     inner = [0.0]  # time of the modules inside, one entry for every open call
 
     def enter(module: nn.Module, inputs: tuple) -> None:
         inner.append(0.0)
-        module.started = perf_counter()
+        module.started = thread_time()
 
     def leave(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        taken = perf_counter() - module.started
+        taken = thread_time() - module.started
         seconds[PARTS.get(type(module), REST)] += taken - inner.pop()
         inner[-1] += taken
 
@@ -223,8 +224,10 @@ def compare(found: Tensor, real: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def run(setting: dict[str, Any], seed: int) -> Outcome:
-    """Numbers: "real" and "integer" on all test sentences, with bytes on disk; "variants" on the first some of them,
-    int8 before a part or clipped activations; "errors" by part and layer, "hidden" of the states; "time", shares by part.
+    """Numbers: "real" and "integer" on all test sentences, with bytes on disk.
+
+    On the first some of them: "variants", int8 before a part or clipped activations; "errors" by part and layer;
+    "hidden", errors of the states; "time", shares by part.
     """
     data = reviews.load_reviews()
     train, test = ReviewExamples(data.subset("train")), ReviewExamples(data.subset("test"))

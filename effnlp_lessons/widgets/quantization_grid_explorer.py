@@ -257,6 +257,7 @@ class QuantizationGridExplorer(Explorer):
             "clipping": (others[2] + clipping) / weights.numel(),
             "clipped": others[3] + int(now.clipped[0, 0]),
             "bytes": bytes_on_disk(weights.numel(), bits, grids, symmetric),
+            "grid_bytes": bytes_on_disk(0, bits, grids, symmetric),
             "float_bytes": 4 * weights.numel(),
         }
 
@@ -273,8 +274,6 @@ class QuantizationGridExplorer(Explorer):
                 "weight": f"Now {_weight(numbers)}",
                 "held": _levels(numbers, "held"),
                 "elsewhere": _levels(numbers, "elsewhere"),
-                "clipped": f"{numbers['clipped']:,} weight{'s' * (numbers['clipped'] != 1)} clipped",
-                "bytes": f"{numbers['float_bytes'] / numbers['bytes']:.1f} times smaller; {_grids_cost(numbers)}",
             },
         )
 
@@ -290,12 +289,13 @@ class QuantizationGridExplorer(Explorer):
             (
                 f"{_title(numbers)}.",
                 f"Moved weight (row {numbers['weight'][0]}, input {numbers['weight'][1]}): {_weight(numbers)}.",
-                f"Its grid, {_levels(numbers, 'held')}. Elsewhere, {_levels(numbers, 'elsewhere')}.",
+                f"Its grid, {_levels(numbers, 'held')} in use. Elsewhere, {_levels(numbers, 'elsewhere')} in use.",
                 f"Signal to noise of the matrix {_decibels(ratios['matrix'])}, of the other weights of the moved "
                 f"weight's block {_decibels(ratios['rest'])}{others}.",
                 f"Mean squared error {error:.3g} ({parts}), in the block {numbers['held_mse']:.3g}; "
                 f"{numbers['clipped']:,} weight{'s' * (numbers['clipped'] != 1)} clipped.",
-                f"{numbers['bytes']:,} bytes against {numbers['float_bytes']:,} in float32; {_grids_cost(numbers)}.",
+                f"{numbers['bytes']:,} bytes, {numbers['grid_bytes']:,} of them for grids, against "
+                f"{numbers['float_bytes']:,} in float32.",
             )
         )
 
@@ -340,7 +340,7 @@ def _title(numbers: dict[str, Any]) -> str:
 
 def _weight(numbers: dict[str, Any]) -> str:
     """Where the moved weight is, and the level it goes to."""
-    where = f"{numbers['outlier']:.1f} x the largest" if numbers["outlier"] else "as trained"
+    where = f"{numbers['outlier']:.1f} x largest" if numbers["outlier"] else "as trained"
     kept = "clipped to" if numbers["cut"] else "stored as"
     return f"{_no_minus_zero(numbers['value'])} ({where}), {kept} {_no_minus_zero(numbers['lands'])}"
 
@@ -356,17 +356,12 @@ def _levels(numbers: dict[str, Any], part: str) -> str:
     whose = "all weights" if part == "held" and numbers["granularity"] == "tensor" else f"row {row}"
     if numbers["granularity"].startswith("group"):
         whose += f", inputs {first:,} to {first + size - 1:,}"
-    used = f"{grid['count']} of {len(grid['levels'])} levels in use"
+    used = f"{grid['count']} of {len(grid['levels'])} levels"
     return f"{whose}: S = {grid['scale']:.3g}, Z = {grid['zero_point']}, {used}"
 
 
 def _decibels(ratio: float) -> str:
     return "exact" if ratio == math.inf else f"{max(ratio, 0):.1f} dB"
-
-
-def _grids_cost(numbers: dict[str, Any]) -> str:
-    extra = numbers["bytes"] - bytes_on_disk(math.prod(numbers["shape"]), numbers["bits"], 0, True)
-    return f"{numbers['grids']:,} grid{'s' * (numbers['grids'] > 1)} take{'s' * (numbers['grids'] == 1)} {extra:,}"
 
 
 def _look(width: str) -> dict[str, Any]:

@@ -148,22 +148,32 @@ class QuantizationGridPicture:
             parts.barh(0, 0, color=color, height=1, hatch=hatch, edgecolor="white", linewidth=0)[0]
             for color, hatch in ((GREY, ""), (ORANGE, "///"))
         ]
-        self._words["rounding"] = self._write(figure, left, 388, fontsize=9)
-        self._words["clipping"] = self._write(figure, left + width, 388, fontsize=9, ha="right")
-        self._words["clipped"] = self._write(figure, left, 405, fontsize=9, color=GREY)
-        sizes = self._axes(figure, left + 58, 454, width - 58, 40)
-        sizes.set(xlim=(0, 1.42), ylim=(1.5, -0.5), xticks=[])
-        sizes.set_yticks((0, 1), ("float32", "stored"))
+        # words stay and only their numbers move: drawing letters takes most of the time of an event
+        right = left + width
+        for x, y, words, align in (
+            (left, 388, "rounding", "left"),
+            (right, 388, "clipping", "right"),
+            (right, 405, "weights clipped", "right"),
+        ):
+            self._write(figure, x, y, words, fontsize=9, ha=align, color=GREY if y > 400 else BLACK)
+        for name, x, y, align in (
+            ("rounding", left + 58, 388, "left"),
+            ("clipping", right - 53, 388, "right"),
+            ("clipped", right - 103, 405, "right"),
+        ):
+            self._words[name] = self._write(figure, x, y, fontsize=9, ha=align, color=GREY if y > 400 else BLACK)
+        sizes = self._axes(figure, left + 58, 454, width - 58, 58)
+        sizes.set(xlim=(0, 1.42), ylim=(2.5, -0.5), xticks=[])
+        sizes.set_yticks((0, 1, 2), ("float32", "stored", "of it grids"))
         sizes.tick_params(axis="y", length=0)
         sizes.spines["bottom"].set_visible(False)
         sizes.grid(False)
         sizes.barh(0, 1, color=FILL, height=0.62)
         sizes.text(1.03, 0, f"{float_bytes:,}", va="center_baseline", fontsize=9)
-        self._size = sizes.barh(1, 0, color=BLACK, height=0.62)[0]
-        self._bytes = sizes.text(0, 1, "", va="center_baseline", fontsize=9)
-        self._words["bytes"] = self._write(figure, left, 500, fontsize=9, color=GREY)
-        words = [self._words[name] for name in ("rounding", "clipping", "clipped", "bytes")]
-        return [*self._ratios, *self._amounts, *self._parts, self._size, self._bytes, *words]
+        self._sizes = list(sizes.barh((1, 2), 0, color=[BLACK, GREY], height=0.62))
+        self._bytes = [sizes.text(0, place, "", va="center_baseline", fontsize=9) for place in (1, 2)]
+        words = [self._words[name] for name in ("rounding", "clipping", "clipped")]
+        return [*self._ratios, *self._amounts, *self._parts, *self._sizes, *self._bytes, *words]
 
     def _draw_legend(self, figure: Figure) -> None:
         axes = self._axes(figure, 0, 526, self._width, 22)
@@ -180,7 +190,7 @@ class QuantizationGridPicture:
     # ------------------------------------------------------------------------ what moves
 
     def draw(self, numbers: dict[str, Any], words: Mapping[str, str]) -> None:
-        """Show the numbers, and words for "weight", "held", "elsewhere", "clipped" and "bytes"."""
+        """Show the numbers, and words for "weight", "held" and "elsewhere"."""
         for name, text in words.items():
             self._words[name].set_text(text)
         self._stem.set_xdata([numbers["value"]] * 2)
@@ -231,11 +241,15 @@ class QuantizationGridPicture:
         rounding, clipping = (numbers[kind] / error if error else 0.0 for kind in ("rounding", "clipping"))
         self._parts[0].set_width(rounding)
         self._parts[1].set(x=rounding, width=clipping)
-        self._words["rounding"].set_text(f"rounding {100 * rounding:.1f} %")
-        self._words["clipping"].set_text(f"clipping {100 * clipping:.1f} %")
-        share = numbers["bytes"] / numbers["float_bytes"]
-        self._size.set_width(share)
-        self._bytes.set(text=f"{numbers['bytes']:,}", x=share + 0.03)
+        self._words["rounding"].set_text(f"{100 * rounding:.1f} %")
+        self._words["clipping"].set_text(f"{100 * clipping:.1f} %")
+        self._words["clipped"].set_text(f"{numbers['clipped']:,}")
+        ratio = numbers["float_bytes"] / numbers["bytes"]
+        texts = f"{numbers['bytes']:,} ({ratio:.1f} x smaller)", f"{numbers['grid_bytes']:,}"
+        for name, bar, amount, text in zip(("bytes", "grid_bytes"), self._sizes, self._bytes, texts, strict=True):
+            share = numbers[name] / numbers["float_bytes"]
+            bar.set_width(share)
+            amount.set(text=text, x=share + 0.03)
 
 
 def _lines(places: np.ndarray, low: float, high: float) -> np.ndarray:

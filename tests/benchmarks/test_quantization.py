@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.quantization.dynamic_int8 import DynamicInt8Linear
+from effnlp_lessons.quantization.integer_classifier import IntegerClassifier
 from effnlp_lessons.quantization.integer_only import IntegerLinear
 from effnlp_lessons.quantization.quantizers import affine_quantizer
+from effnlp_lessons.studies.integer_only import shares_of_time
 
 RUNS, WARMUP = 60, 5
 SHAPES = {(384, 384): 4, (384, 1536): 1, (1536, 384): 1}  # (inner, out): how often in a block
@@ -33,7 +36,7 @@ def one_thread():
     gc.collect()
 
 
-def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], object]], runs: int = RUNS) -> dict[str, float]:
     """Median seconds of the thread's own time, in turns, each in another order, every call twice: warm, then timed.
 
     What a call finds in the caches depends on the call before it, which is here itself. The clock on the wall would
@@ -42,7 +45,7 @@ def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
     with torch.inference_mode():
-        for turn in range(WARMUP + RUNS):
+        for turn in range(WARMUP + runs):
             for name in order.sample(list(calls), len(calls)):
                 calls[name]()
                 start = thread_time()
@@ -52,8 +55,8 @@ def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
 
 
-def table(title: str, times: dict[str, float]) -> None:
-    print(f"\n{title}: median of {RUNS} turns, ratio to ours")
+def table(title: str, times: dict[str, float], runs: int = RUNS) -> None:
+    print(f"\n{title}: median of {runs} turns, ratio to ours")
     for name, value in times.items():
         print(f"  {name:22} {1e3 * value:8.3f} ms   {value / times['ours']:5.2f} x")
 
@@ -109,3 +112,16 @@ def test_dynamic_linear(rows):
             block[name] = block.get(name, 0) + count * value
     table(f"{rows} rows, the {sum(SHAPES.values())} linear layers of a block", block)
     assert min(block[name] for name in TORCH.values()) / block["ours"] >= 0.75
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 32), (16, 32), (4, 128)])
+def test_integer_classifier(batch, length):
+    """The whole teacher on integers beside float32, as it is: no bound. Where the time goes is printed too."""
+    model, generator, runs = load_teacher(), torch.Generator().manual_seed(0), 15
+    ids = torch.randint(1_000, 30_000, (batch, length), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    integer = IntegerClassifier.from_float(model, [(ids, mask)])
+    times = medians({"ours": lambda: integer(ids, mask), "float32": lambda: model(ids, mask)}, runs)
+    table(f"the teacher on integers, {batch} x {length} tokens", times, runs)
+    for part, share in shares_of_time(integer, ids, mask).items():
+        print(f"  {part:36} {100 * share:3.0f} %")

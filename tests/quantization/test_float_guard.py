@@ -1,11 +1,17 @@
 """The guard must fire on every way in which a floating number gets into an integer computation."""
 
+import warnings
+
 import pytest
 import torch
 
 from effnlp_lessons.quantization.float_guard import FloatInIntegerPath, no_floats
 
 INTS, FLOATS = torch.arange(1, 7, dtype=torch.int32), torch.arange(1.0, 7.0)
+COMPLEX = torch.complex(FLOATS, FLOATS)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch announces the end of these tensors
+    QUANTIZED = torch._make_per_tensor_quantized_tensor(INTS.to(torch.uint8), 0.1, 3)
 LEAKS = {
     "a float operand": lambda: FLOATS + INTS,
     "a float that is only read": lambda: FLOATS > 1,
@@ -25,9 +31,10 @@ LEAKS = {
     "in place": lambda: torch.empty(0, dtype=torch.int32).copy_(FLOATS[:0]),
     "in a list": lambda: torch.cat([INTS, FLOATS]),
     "out=": lambda: torch.add(INTS, INTS, out=FLOATS.clone()),
-    "complex": lambda: torch.complex(FLOATS, FLOATS),
+    "complex": lambda: COMPLEX[1:],
+    "a Python complex": lambda: INTS == 1j,
     "item()": lambda: FLOATS[0].item(),
-    "a quantized tensor": lambda: torch._make_per_tensor_quantized_tensor(INTS.to(torch.uint8), 0.1, 3),
+    "a quantized tensor": lambda: QUANTIZED.int_repr(),
 }
 
 

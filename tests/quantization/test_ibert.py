@@ -89,18 +89,21 @@ def test_gelu_has_the_error_of_the_paper():
     assert error.square().mean().sqrt().item() == pytest.approx(0.0082, abs=1e-4)
 
 
-@pytest.mark.parametrize("scale", [8.2e-5, 3e-4, 1e-3, 1e-2, 8 / 127])
+@pytest.mark.parametrize("scale", [2e-5, 1e-4, 3e-4, 1e-2, 8 / 127])
 def test_gelu_holds_at_every_scale(scale):
     limit = min(65_535 * scale, 30)
     q = grid(-limit, limit, scale)
     a, b = ERF
     x = q.double() * scale
+    moved = 2e-4 if scale < 1e-4 else 0.0  # finer codes are shifted until they are worth 1e-4 .. 2e-4
+    scale = max(scale, moved)
     erf = (x / math.sqrt(2)).sign() * (a * ((x / math.sqrt(2)).abs().clamp(max=-b) + b) ** 2 + 1)
     codes, found = run(IntegerGelu(scale), q)
     # against the formula in real numbers. erf: b moves by a code of S / sqrt(2), slope at most 2 a b, and half a code
     # of 2^-13 at most is rounded off; GELU has half of it times |x|
     step = 2 * a * b * scale / math.sqrt(2) + abs(a) * scale**2 + 2**-14
-    assert ((found - x / 2 * (1 + erf)).abs() <= x.abs() / 2 * step + 1e-9).all()
+    # and x itself is moved by a code where it is shifted, with a slope of 1.2
+    assert ((found - x / 2 * (1 + erf)).abs() <= x.abs() / 2 * step + 1.2 * moved + 1e-9).all()
     assert codes[q == 0].item() == 0
 
 
@@ -116,7 +119,7 @@ def test_gelu_beside_transformers():
         assert difference < 1e-3 if close else difference > 10
 
 
-@pytest.mark.parametrize("scale", [0.0, -1e-3, math.nan, 1e-5, 1.5])
+@pytest.mark.parametrize("scale", [0.0, -1e-3, math.nan, 1e-15, 1.5])
 def test_gelu_refuses_a_scale_that_it_cannot_serve(scale):
     with pytest.raises(ValueError, match="scale"):
         IntegerGelu(scale)
@@ -133,20 +136,20 @@ def test_exp_has_the_error_of_the_paper(coefficients, largest):
     assert codes.min() >= 0 and 2**15 <= codes.max() < 2**16
 
 
-@pytest.mark.parametrize("scale", [5.2e-5, 1.1e-3, 0.05])
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1.1e-3, 0.05])
 def test_exp_far_below_is_zero_and_never_negative(scale):
     codes, _ = run(IntegerExp(scale), torch.tensor([-(2**30), -(2**20), -1, 0], dtype=torch.int32))
     assert codes[0] == 0 and (codes >= 0).all() and codes[3] >= codes[2]
 
 
-@pytest.mark.parametrize("scale", [0.0, 4e-5, 0.7, math.inf])
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 0.7, math.inf])
 def test_exp_refuses_a_scale_that_it_cannot_serve(scale):
     with pytest.raises(ValueError, match="scale"):
         IntegerExp(scale)
 
 
 @pytest.mark.parametrize("keys", [1, 3, 8, 131])
-@pytest.mark.parametrize("scale", [2e-4, 1.3e-3, 2e-2])
+@pytest.mark.parametrize("scale", [1e-7, 2e-4, 1.3e-3, 2e-2])
 def test_softmax_is_close_and_a_row_loses_what_is_rounded_down(keys, scale):
     generator = torch.Generator().manual_seed(keys)
     q = (torch.randn(2, 3, 17, keys, generator=generator) * 3 / scale).to(torch.int32)

@@ -53,7 +53,7 @@ def real_accumulator(built):
 # the same matrix (rows, columns), laid out in several ways
 LAYOUTS = {
     "rows": lambda x: x,
-    "columns": lambda x: x.t().contiguous().t(),
+    "columns": lambda x: torch.empty(x.shape[::-1], dtype=x.dtype).copy_(x.t()).t(),
     "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     "a part of wider rows": lambda x: torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
     "a part of longer columns": lambda x: torch.cat([x.t(), x.t()], 1)[:, : x.shape[0]].t(),
@@ -157,7 +157,7 @@ def test_one_code_from_fake_quantization(granularity, activation):
 
 
 def test_activations_are_clamps():
-    output = affine_quantizer(torch.tensor(-4.0), torch.tensor(8.0), 8, signed=True)
+    output = affine_quantizer(torch.tensor(-3.0), torch.tensor(8.0), 8, signed=True)
     input = symmetric_quantizer(torch.tensor(12.7), 8)
     results = {}
     for activation in (None, "relu", "relu6"):
@@ -289,6 +289,10 @@ def test_rows_of_zeros_and_of_almost_zeros_keep_their_bias(granularity):
     x = torch.tensor([[-1.0, 3.0], [0.0, 0.0], [2.0, 1.0]])
     difference = built(input.quantize(x)).int() - output.quantize(input(x) @ weight.t() + bias).int()
     assert difference.abs().max() <= 1
+    # nothing but a bias, smaller than S1: its scale must not depend on the input's alone
+    coarse = affine_quantizer(torch.tensor(-100.0), torch.tensor(300.0), 8, signed=True)
+    zeros = IntegerLinear.build(torch.zeros(2, 3), bias[:2], coarse, output, granularity=granularity)
+    assert (zeros(int8(1, 3))[0].int() - output.quantize(bias[:2]).int()).abs().max() <= 1
     empty = IntegerLinear.build(torch.zeros(2, 3), None, input, output, granularity=granularity)
     assert (empty(int8(4, 3)) == int(output.zero_point)).all()
 

@@ -218,11 +218,13 @@ def test_bytes_are_those_of_a_file(tmp_path, anywhere, granularity, kind, bits):
     quantized = quantize_matrix(MATRICES["heavy"], bits, GRANULARITIES[granularity], KINDS[kind])
     file = tmp_path / "layer.safetensors"
     written = save_quantized(nn.Sequential(QuantizedLinear(quantized)), file)
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in load_file(file).values())
+    parts = load_file(file)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
     assert written > stored
     state = show(anywhere, matrix="heavy", granularity=granularity, kind=kind, bits=bits)
     assert state["bytes"] == stored == bytes_on_disk(5 * 384, bits, quantized.scale.numel(), KINDS[kind])
-    assert state["float_bytes"] == 4 * 5 * 384
+    grids = sum(tensor.numel() * tensor.element_size() for name, tensor in parts.items() if "codes" not in name)
+    assert state["grid_bytes"] == grids and state["float_bytes"] == 4 * 5 * 384
 
 
 def test_four_matrices_of_minilm_are_shown():
@@ -283,7 +285,7 @@ def test_keys_move_it_and_put_it_back(anywhere):
     ):
         anywhere.act([["key", key] for key in keys])
         assert anywhere.values["outlier"] == anywhere.state["outlier"] == expected
-    assert anywhere.image.spoken.startswith(f"Weight {anywhere.state['value']:.3f} (0.3 x the largest), stored as ")
+    assert anywhere.image.spoken.startswith(f"Weight {anywhere.state['value']:.3f} (0.3 x largest), stored as ")
     assert "rest of its block" in anywhere.image.spoken
     anywhere.act([["focus"]])
     assert anywhere.values["outlier"] == 0.3 and anywhere.image.spoken
@@ -454,7 +456,7 @@ def test_words_say_the_numbers(anywhere):
     rounding, clipping = (100 * state[name] / state["mse"] for name in ("rounding", "clipping"))
     assert anywhere.summary(state) == (
         "Even (6 x 256): 24 grids, one a group, 3 bits, affine, over 80 % of the range. "
-        f"Moved weight (row {row}, input {column}): {state['value']:.3f} (4.0 x the largest), "
+        f"Moved weight (row {row}, input {column}): {state['value']:.3f} (4.0 x largest), "
         f"clipped to {state['lands']:.3f}. "
         f"Its grid, row {row}, {inputs}: S = {held['scale']:.3g}, Z = {held['zero_point']}, "
         f"{held['count']} of 8 levels in use. "
@@ -464,7 +466,7 @@ def test_words_say_the_numbers(anywhere):
         f"{ratios['rest']:.1f} dB, of all other blocks {ratios['others']:.1f} dB. "
         f"Mean squared error {state['mse']:.3g} (rounding {rounding:.1f} %, clipping {clipping:.1f} %), in the block "
         f"{state['held_mse']:.3g}; {state['clipped']} weights clipped. "
-        "681 bytes against 6,144 in float32; 24 grids take 105."
+        "681 bytes, 105 of them for grids, against 6,144 in float32."
     )
     assert anywhere.summary(state) in anywhere.alt and anywhere.summary(state) in anywhere.line.value
     assert anywhere.image.alt == anywhere.alt
@@ -480,7 +482,7 @@ def test_one_weight_clipped_and_one_grid_are_said_so():
     weights = 0.01 * torch.ones(2, 128)
     weights[0, 0] = 0.0
     explorer = QuantizationGridExplorer(weights, bits=4, share=50, outlier=8.0)
-    assert "; 1 weight clipped. " in explorer.line.value and "1 grid takes 4." in explorer.line.value
+    assert "; 1 weight clipped. " in explorer.line.value and ", 4 of them for grids, " in explorer.line.value
     exact = QuantizationGridExplorer(0.01 * torch.eye(2, 128), granularity="row")
     assert exact.state["mse"] == 0 and exact.state["sqnr"]["matrix"] == math.inf
     assert "matrix exact, of" in exact.line.value and "(no error)" in exact.line.value

@@ -100,8 +100,7 @@ def _draw(room: str, same: bool = False) -> Callable[[Generator], tuple]:
         sizes = [8 * whole_number(3, 40, generator) for _ in range(layers)]
         if same:
             sizes = sizes[:1] * layers
-        means = 2 * torch.randn(layers, 1, generator=generator, dtype=torch.float64)
-        spreads = 3 * torch.rand(layers, 1, generator=generator, dtype=torch.float64)
+        means, spreads = torch.randn(2, layers, 1, generator=generator, dtype=torch.float64).sinh()  # some are large
         eigenvalues = means + spreads * torch.randn(layers, parts, generator=generator, dtype=torch.float64)
         least, extra = sum(sizes) // 4, [size // 8 for size in sizes]
         budget = least + {"none": 0, "all": sum(extra)}.get(room, 0)
@@ -125,7 +124,7 @@ BITS_UNDER_BUDGET = Exercise(
         Property(
             "by hand: three layers",
             lambda generator: (
-                torch.tensor([[3.0, 5.0], [2.0, 2.0], [-1.0, -5.0]], dtype=torch.float64),
+                torch.tensor([[3.0, 5.0], [2.5, 2.5], [-1.0, -3.0]], dtype=torch.float64),
                 [80, 40, 48],
                 53,
             ),

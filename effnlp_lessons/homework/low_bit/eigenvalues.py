@@ -167,8 +167,8 @@ TOP_EIGENVALUES = Exercise(
         Mistake(
             "Power iteration without orthogonalising",
             "Both vectors turn into the first eigenvector, whatever they started from. The second must have its part "
-            "along the first taken off, v - (v1 . v) v1, in every iteration: taken off once, it grows back from "
-            "rounding errors.",
+            "along the first taken off, v - (v1 . v) v1 and not v - v1, in every iteration: taken off once, it grows "
+            "back from rounding errors.",
             _exchange(project=lambda v, known: v),
         ),
         Mistake(
@@ -199,17 +199,6 @@ TOP_EIGENVALUES = Exercise(
             "The tensors of a layer are one vector, with one inner product: the sum over all tensors. Then this "
             "number times the first vector is taken off.",
             _exchange(project=_project_each),
-        ),
-        Mistake(
-            "The first vector is taken off as a whole",
-            "Take off its part only, v - (v1 . v) v1. With v - v1 as much is taken off from a vector that is "
-            "orthogonal already.",
-            _exchange(project=lambda v, known: _minus(v, 1.0, known)),
-        ),
-        Mistake(
-            "The first vector is added",
-            "Its part is taken off: v - (v1 . v) v1.",
-            _exchange(project=lambda v, known: _minus(v, -_dot(known, v), known)),
         ),
         Mistake(
             "H is deflated with the absolute value",

@@ -137,9 +137,9 @@ SHADOW_STEP = Exercise(
     difficulty=2,
     reference=shadow_step,
     properties=(
-        Property("one step", _draw(0.1), _trained(1), times=2),
-        Property("fifteen small steps add up", _draw(0.001), _trained(15), times=1),
-        Property("ten large steps", _draw(0.05), _trained(10), times=1),
+        Property("one step", _draw(0.1), _trained(1), times=1),
+        Property("six small steps add up", _draw(0.001), _trained(6), times=1),
+        Property("four large steps", _draw(0.05), _trained(4), times=1),
     ),
     mistakes=(
         Mistake(
