@@ -30,7 +30,6 @@ from effnlp_lessons.quantization.post_training import (
     block_linears,
     quantize_embeddings,
     quantize_linears,
-    signal_to_noise,
     with_layers,
 )
 from effnlp_lessons.quantization.quantizers import RangeRule, min_max
@@ -62,19 +61,21 @@ def range_rule(ranges: str, bits: int, symmetric: bool) -> RangeRule:
     }[ranges]
 
 
-def with_levels(model: nn.Module, bits: int, levels: str) -> nn.Module:
+def levels_of(weight: torch.Tensor, bits: int, kind: str) -> torch.Tensor:
+    """The non-uniform levels of that kind for one matrix."""
+    if kind == POWERS:
+        return power_of_two_levels(weight.abs().max().item(), bits)
+    return lloyd_max(weight, bits)[0] if kind == LLOYD_MAX else quantile_levels(weight, bits)
+
+
+def with_levels(model: nn.Module, bits: int, kind: str) -> nn.Module:
     """A copy whose block linears have non-uniform levels, one table a matrix, as float weights."""
     layers = {}
     for name in block_linears(model):
         old = model.get_submodule(name)
-        weight = old.weight.detach()
-        table = {
-            LLOYD_MAX: lambda: lloyd_max(weight, bits)[0],
-            POWERS: lambda: power_of_two_levels(weight.abs().max().item(), bits),
-            QUANTILES: lambda: quantile_levels(weight, bits),
-        }[levels]()
+        weight = nearest_level(old.weight.detach(), levels_of(old.weight.detach(), bits, kind))
         layers[name] = nn.Linear(old.in_features, old.out_features)
-        layers[name].load_state_dict({"weight": nearest_level(weight, table), "bias": old.bias})
+        layers[name].load_state_dict({"weight": weight, "bias": old.bias})
     return with_layers(model, layers)
 
 
@@ -230,6 +231,8 @@ SETTINGS = (
         ]
     },
 )
+FINER = (96, 32, 16)
+OTHER_RULES = (PERCENTILE, LAPLACE, GAUSSIAN)
 STUDY = Study(
     name="bits_by_granularity",
     question="How many bits do the teacher's weights need, by who shares a grid, and by its range?",
@@ -237,14 +240,9 @@ STUDY = Study(
     recorded=SETTINGS,
     full=(
         *SETTINGS,
-        *(
-            {"models": [spec(b, g, grid) for g in (96, 32, 16) for grid in (SYMMETRIC, AFFINE)]}
-            for b in (8, 6, 5, 4, 3, 2)
-        ),
-        *(
-            {"models": [spec(bits, 64, grid, rule) for grid in (SYMMETRIC, AFFINE) for rule in RULES]}
-            for bits in (4, 3, 2)
-        ),
+        *({"models": [spec(b, g, grid) for g in FINER for grid in (SYMMETRIC, AFFINE)]} for b in (8, 4, 3, 2)),
+        *({"models": [spec(b, g, grid) for g in GRANULARITIES for grid in (SYMMETRIC, AFFINE)]} for b in (6, 5)),
+        *({"models": [spec(b, 64, ranges=rule) for rule in OTHER_RULES]} for b in (4, 3, 2)),
     ),
     seeds=(0, 1, 2),
     minutes=10,

@@ -96,12 +96,12 @@ def test_gelu_holds_at_every_scale(scale):
     a, b = ERF
     x = q.double() * scale
     moved = 2e-4 if scale < 1e-4 else 0.0  # finer codes are shifted until they are worth 1e-4 .. 2e-4
-    scale = max(scale, moved)
+    coarse = max(scale, moved)
     erf = (x / math.sqrt(2)).sign() * (a * ((x / math.sqrt(2)).abs().clamp(max=-b) + b) ** 2 + 1)
     codes, found = run(IntegerGelu(scale), q)
     # against the formula in real numbers. erf: b moves by a code of S / sqrt(2), slope at most 2 a b, and half a code
     # of 2^-13 at most is rounded off; GELU has half of it times |x|
-    step = 2 * a * b * scale / math.sqrt(2) + abs(a) * scale**2 + 2**-14
+    step = 2 * a * b * coarse / math.sqrt(2) + abs(a) * coarse**2 + 2**-14
     # and x itself is moved by a code where it is shifted, with a slope of 1.2
     assert ((found - x / 2 * (1 + erf)).abs() <= x.abs() / 2 * step + 1.2 * moved + 1e-9).all()
     assert codes[q == 0].item() == 0
