@@ -17,6 +17,7 @@ would scale all d alike, which changes nothing.
 NOTE the released code clips latent weights at +-2.5 as well; ours are not clipped. Its linear layers quantize their
 inputs with a symmetric grid, and the released file quantizes the embeddings again with one alpha for all rows: it is
 not the model that was trained. It also stores ternary weights as float32; `freeze` and `packing` make them 2 bits.
+NOTE the grid of Q always holds 0 (`affine_quantizer`); in the released one the smallest number is exact instead.
 NOTE ranges are taken from the batch, padding included: a sentence's logits depend a little on its neighbours.
 NOTE under bfloat16 autocast the weights are still made ternary in float32; the products then round.
 """

@@ -97,6 +97,8 @@ def run(setting: dict[str, Any], seed: int) -> Outcome:
 
 COMMON = {"sentences": 3_000, "epochs": 1}
 UNTRAINED = COMMON | {"epochs": 0, "learning_rate": 0.0}
+# a few seconds, for a notebook: the fewest bits after eight steps
+LIVE = {"way": FAKE, "bits": [2], "sentences": 256, "epochs": 1, "learning_rate": 2e-4, "tested": 300}
 STUDY = Study(
     name="qat_by_bits",
     question="What does training through the grid bring, at 4, 3 and 2 bits a weight?",

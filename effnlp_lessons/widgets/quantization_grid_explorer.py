@@ -289,7 +289,7 @@ class QuantizationGridExplorer(Explorer):
             (
                 f"{_title(numbers)}.",
                 f"Moved weight (row {numbers['weight'][0]}, input {numbers['weight'][1]}): {_weight(numbers)}.",
-                f"Its grid, {_levels(numbers, 'held')} in use. Elsewhere, {_levels(numbers, 'elsewhere')} in use.",
+                f"Its grid, {_levels(numbers, 'held')}. Elsewhere, {_levels(numbers, 'elsewhere')}.",
                 f"Signal to noise of the matrix {_decibels(ratios['matrix'])}, of the other weights of the moved "
                 f"weight's block {_decibels(ratios['rest'])}{others}.",
                 f"Mean squared error {error:.3g} ({parts}), in the block {numbers['held_mse']:.3g}; "
@@ -356,7 +356,7 @@ def _levels(numbers: dict[str, Any], part: str) -> str:
     whose = "all weights" if part == "held" and numbers["granularity"] == "tensor" else f"row {row}"
     if numbers["granularity"].startswith("group"):
         whose += f", inputs {first:,} to {first + size - 1:,}"
-    used = f"{grid['count']} of {len(grid['levels'])} levels"
+    used = f"{grid['count']} of {len(grid['levels'])} levels used"
     return f"{whose}: S = {grid['scale']:.3g}, Z = {grid['zero_point']}, {used}"
 
 

@@ -157,9 +157,9 @@ class QuantizationGridPicture:
         ):
             self._write(figure, x, y, words, fontsize=9, ha=align, color=GREY if y > 400 else BLACK)
         for name, x, y, align in (
-            ("rounding", left + 58, 388, "left"),
-            ("clipping", right - 53, 388, "right"),
-            ("clipped", right - 103, 405, "right"),
+            ("rounding", left + 63, 388, "left"),
+            ("clipping", right - 56, 388, "right"),
+            ("clipped", right - 107, 405, "right"),
         ):
             self._words[name] = self._write(figure, x, y, fontsize=9, ha=align, color=GREY if y > 400 else BLACK)
         sizes = self._axes(figure, left + 58, 454, width - 58, 58)

@@ -1,6 +1,7 @@
 """I-BERT's operations on whole numbers: math.isqrt, float64 functions, and transformers' modules of the same names."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from effnlp_lessons.quantization.ibert import (
     IntegerGelu,
     IntegerLayerNorm,
     IntegerSoftmax,
+    Rescale,
     integer_polynomial,
     integer_sqrt,
     polynomial_constants,
@@ -75,6 +77,42 @@ def test_root_of_any_shape_and_of_bad_input():
         integer_sqrt(torch.tensor([4.0]))
     with pytest.raises(ValueError, match="negative"):
         integer_sqrt(torch.tensor([4, -1]))
+
+
+# ---------------------------------------------------------------------------------------- changes of scale
+
+
+@pytest.mark.parametrize(("q_min", "q_max", "zero_point"), [(-128, 127, -19), (-127, 127, 0), (-(2**23), 2**23, 0)])
+def test_rescale_rounds_the_exact_product_once(q_min, q_max, zero_point):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(7, generator=generator, dtype=torch.float64) * 1e-4 + 1e-7
+    q = torch.randint(-(2**31), 2**31, (40, 7), generator=generator, dtype=torch.int64).to(torch.int32)
+    q[20:] >>= 16
+    rescale = Rescale(scale, 0.02, q_min, q_max, zero_point)
+    with no_floats():
+        codes = rescale(q)
+    assert codes.dtype == (torch.int8 if q_max < 128 else torch.int32)
+    for row, found in zip(q.tolist(), codes.tolist(), strict=True):
+        for number, ratio, code in zip(row, (scale / 0.02).tolist(), found, strict=True):
+            exact = number * Fraction(ratio)
+            # m has 31 bits: off by 2^-31 of the product, which is below 2^31 M; then a half
+            error = Fraction(1, 2) + abs(exact) / 2**30
+            if q_min < code < q_max:
+                assert abs(code - zero_point - exact) <= error
+            else:
+                assert abs(exact) + error >= abs(code - zero_point) and (exact > 0) == (code == q_max)
+    assert torch.equal(rescale.dequantize(codes), (codes.int() - zero_point) * torch.tensor(0.02, dtype=torch.float64))
+
+
+def test_rescale_takes_a_half_up_and_vanishing_scales_to_zero():
+    halves = torch.tensor([-3, -2, -1, 0, 1, 2, 3], dtype=torch.int32)
+    assert Rescale(0.5, 1.0, -128, 127)(halves).tolist() == [-1, -1, 0, 0, 1, 1, 2]
+    assert Rescale(3.0, 1.0, -128, 127)(halves).tolist() == [-9, -6, -3, 0, 3, 6, 9]
+    large = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32)
+    assert Rescale(2.0**-33, 1.0, -128, 127)(large).tolist() == [0, 0]
+    for arguments in ((0.0, 1.0, 0, 1), (1.0, math.inf, 0, 1), (2.0**31, 1.0, 0, 1), (2.0**-30, 1.0, -128, 127, 3)):
+        with pytest.raises(ValueError, match="scale|multiplier"):
+            Rescale(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------------- GELU

@@ -118,7 +118,7 @@ def test_a_latent_weight_gets_the_gradient_of_its_ternary_weight(method):
     F.mse_loss(F.linear(x, used, layer.bias), target).backward()
     assert torch.equal(ternary.weight.grad, used.grad) and ternary.bias.grad is not None
     assert used.unique().numel() <= 3 and torch.equal(ternary.weight, layer.weight)
-    assert ternary.weight is not layer.weight and layer.weight.grad is None
+    assert ternary.weight.data_ptr() != layer.weight.data_ptr() and layer.weight.grad is None
 
 
 def test_lat_reads_the_square_root_of_the_second_moment():

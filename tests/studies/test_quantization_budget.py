@@ -11,7 +11,7 @@ from effnlp_lessons.quantization.qbert import layer_sensitivities, sensitivity
 from effnlp_lessons.studies import bit_budget
 from effnlp_lessons.studies.runner import load_results
 
-SMALL = {"subsets": 2, "sentences": 3, "tokens": 7, "iterations": 1, "limit": 7}
+SMALL = {"subsets": 2, "sentences": 3, "tokens": 7, "iterations": 1, "limit": 6}
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +31,33 @@ def test_choices_and_their_names():
     assert sizes == {int(numbers * 2.5 / 8 + numbers / 64 * (4 + 2.5 / 8) + 4 * vectors)} == {4_152_960}
 
 
-@pytest.mark.parametrize("word", ["222222", "232322", "332223", "333333"])
-def test_shared_layers_give_what_whole_models_give(outcome, word):
-    """Seed 5 measures the second of the four parts."""
-    teacher, bits = load_teacher(), bit_budget.bits_of(word)
-    quantized = quantize_linears(teacher, dict(enumerate(bits)), 64, symmetric=False)
+def right(model, ids, labels):
+    return int((logits_of(model, ids).argmax(-1) == labels).sum())
+
+
+def test_shared_layers_give_what_whole_models_give():
+    teacher, examples = load_teacher(), ReviewExamples(reviews.load_reviews().subset("dev"), limit=40)
+    ids, labels = examples.token_ids, examples.labels
+    quantized = {k: list(quantize_linears(teacher, k, 64, symmetric=False).encoder.blocks) for k in (2, 3)}
+    choices = [bit_budget.bits_of(word) for word in ("222222", "232322", "233322", "333333")]
+    found = bit_budget.right_by_choice(teacher, quantized, ids, labels, choices, batch=16)
+    assert len(set(found.values())) == 4
+    for bits in choices:
+        whole = quantize_linears(teacher, dict(enumerate(bits)), 64, symmetric=False)
+        assert found[bit_budget.name(bits)] == right(whole, ids, labels)
+
+
+def test_a_seed_measures_its_part_of_the_sentences(outcome):
+    """Seed 5 the second of the four."""
+    teacher = load_teacher()
+    whole = quantize_linears(teacher, 3, 64, symmetric=False)
     for split in ("test", "dev"):
         examples = ReviewExamples(reviews.load_reviews().subset(split))
-        rows = list(range(1, len(examples.token_ids), 4))[:7]
+        rows = list(range(1, len(examples.token_ids), 4))[:6]
         ids, labels = [examples.token_ids[row] for row in rows], examples.labels[rows]
-        for model, found in (
-            (quantized, outcome["right"][split][word]),
-            (teacher, outcome["float"][split]),
-        ):
-            assert found == int((logits_of(model, ids).argmax(-1) == labels).sum())
-        assert outcome["sentences"][split] == 7 and len(outcome["right"][split]) == 64
+        assert outcome["right"][split]["333333"] == right(whole, ids, labels)
+        assert outcome["float"][split] == right(teacher, ids, labels)
+        assert outcome["sentences"][split] == 6 and len(outcome["right"][split]) == 64
 
 
 def test_curvature_is_that_of_the_seeds_subsets(outcome):

@@ -181,21 +181,15 @@ BITS_UNDER_BUDGET = Exercise(
             _exchange(choose=_in_order(lambda value, size: value, pass_over=True)),
         ),
         Mistake(
-            "In the order of Omega per weight, passing over what does not fit",
+            "In the order of Omega per weight",
             "A good rule, but not the best: some bytes are often left over that another choice would use. With so few "
             "layers all choices can be tried.",
             _exchange(choose=_in_order(lambda value, size: value / size, pass_over=True)),
         ),
         Mistake(
-            "In the order of Omega per weight, to the first that does not fit",
-            "A good rule, but not the best: some bytes are often left over that another choice would use. With so few "
-            "layers all choices can be tried.",
-            _exchange(choose=_in_order(lambda value, size: value / size)),
-        ),
-        Mistake(
             "The least sensitive layers get more bits",
             "A sensitive layer is harmed most by coarse weights: it needs the third bit.",
-            _exchange(choose=_with_gain(lambda omega, bits: bits.count(3) * omega.max().item() - _gain(omega, bits))),
+            _exchange(choose=_in_order(lambda value, size: -value)),
         ),
         Mistake(
             "As many layers as possible",

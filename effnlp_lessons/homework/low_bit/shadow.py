@@ -145,8 +145,9 @@ SHADOW_STEP = Exercise(
         Mistake(
             "The shadow weights are lost",
             "The rounded weights are written into the layer, so each step begins on the grid. A step that is smaller "
-            "than half a grid step is rounded away at the next call: many small ones never add up. The rounded weights "
-            "are for the forward pass only; the layer keeps the real ones.",
+            "than half a grid step is rounded away at the next call: many small ones never add up. (Only the largest "
+            "weight of a row still moves, for it sets the grid.) The rounded weights are for the forward pass only; "
+            "the layer keeps the real ones.",
             _exchange(before=lambda layer, bits: _set(layer.weight, on_grid(layer.weight, bits))),
         ),
         Mistake(
