@@ -145,20 +145,17 @@ def lloyd_max(
     _check_rising("start", levels, 2**bits)
     if len(levels) != 2**bits:
         raise ValueError(f"start must hold {2**bits} levels for {bits} bits, got {len(levels)}")
-    # with sums up to each place, the mean of a cell is a difference of two
-    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-
-    def error() -> float:
-        return (ordered - nearest_level(ordered, levels)).square().mean().item()
-
-    errors = [error()]
-    for _ in range(iterations):
-        # how many numbers lie at or below each threshold
-        cuts = torch.searchsorted(ordered, midpoints(levels), right=True)
+    # with sums up to each place, a cell's count, sum and sum of squares are differences of two
+    sums, squares = (torch.cat([ordered.new_zeros(1), part.cumsum(0)]) for part in (ordered, ordered**2))
+    errors: list[float] = []
+    while True:
+        cuts = torch.searchsorted(ordered, midpoints(levels), right=True)  # how many lie at or below each threshold
         cuts = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(ordered))])
-        counts = cuts.diff()
-        levels = torch.where(counts > 0, sums[cuts].diff() / counts.clamp(min=1), levels)
-        errors.append(error())
-        if errors[-1] >= errors[-2] * (1 - 1e-9):
+        counts, totals = cuts.diff(), sums[cuts].diff()
+        # sum over cells of sum (z - q)^2 = sum z^2 - 2 q sum z + n q^2
+        error = (squares[cuts].diff() - 2 * levels * totals + counts * levels**2).sum().item() / len(ordered)
+        errors.append(max(error, 0.0))
+        if len(errors) > iterations or (len(errors) > 1 and errors[-1] >= errors[-2] * (1 - 1e-9)):
             break
+        levels = torch.where(counts > 0, totals / counts.clamp(min=1), levels)
     return levels.to(values.dtype), errors

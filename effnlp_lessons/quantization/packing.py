@@ -13,6 +13,7 @@ it back bit for bit. With a float32 scale for g codes, a weight costs k + 32 / g
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -155,6 +156,18 @@ def save_quantized(model: nn.Module, file: Path | str) -> int:
     file, metadata = Path(file), {"format": FORMAT, "layers": json.dumps(described)}
     write_atomically(file, lambda path: save_file(tensors, path, metadata))
     return file.stat().st_size
+
+
+def quantized_bytes_on_disk(model: nn.Module) -> int:
+    """Size in bytes of the file of a model with quantized layers, found by writing it.
+
+    `measure.bytes_on_disk` writes codes as they are in memory, a byte each.
+
+    Raises:
+        ValueError: if no layer of the model is quantized.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return save_quantized(model, Path(folder) / "model.safetensors")
 
 
 def load_quantized(model: nn.Module, file: Path | str) -> nn.Module:

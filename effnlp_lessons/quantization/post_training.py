@@ -26,7 +26,6 @@ from effnlp_lessons.quantization.quantizers import (
     Granularity,
     QuantizedMatrix,
     RangeRule,
-    check_bits,
     min_max,
     quantize_matrix,
 )
@@ -110,17 +109,14 @@ def bits_of(name: str, bits: Bits) -> int:
     """The bits for the layer `name`.
 
     Raises:
-        ValueError: a mapping without the layer's block, or bits out of range.
+        ValueError: a mapping without the layer's block.
     """
     if isinstance(bits, Mapping):
         block = block_of_name(name)
         if block not in bits:
             raise ValueError(f"bits has no entry for block {block}, of layer {name!r}: it has {sorted(bits)}")
-        found = bits[block]
-    else:
-        found = bits(name) if callable(bits) else bits
-    check_bits(found)
-    return found
+        return bits[block]
+    return bits(name) if callable(bits) else bits
 
 
 def _chosen(model: nn.Module, names: Iterable[str], kind: type[nn.Module]) -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@ A grid of 2^k codes that reaches the largest number wastes its steps on a few ou
 rest more finely. A rule here takes values (blocks, numbers) and gives the lowest and highest number of each block, as
 `ranges=` of `quantizers.quantize_matrix` expects. `quantizers.min_max` clips nothing. Then:
 
-    percentile           the k-th largest and smallest number (as in Q-BERT, I-BERT and their code)
+    percentile           the k-th largest and smallest number (I-BERT's rule; Q-BERT too clips at a percentile)
     mean_squared_error   the clipping with the least squared error, by trying
     aciq_laplace, aciq_gaussian   the same in closed form, if the numbers follow that distribution
                          (ACIQ: Banner, Nahshan, Hoffer and Soudry 2018, arXiv 1810.05723)

@@ -12,7 +12,6 @@ A model is described by bits, granularity, grid and ranges; optionally embedding
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from effnlp_lessons.datasets import reviews
 from effnlp_lessons.measure import bytes_on_disk
 from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.quantization.nonuniform import lloyd_max, nearest_level, power_of_two_levels, quantile_levels
-from effnlp_lessons.quantization.packing import save_quantized
+from effnlp_lessons.quantization.packing import quantized_bytes_on_disk
 from effnlp_lessons.quantization.post_training import (
     block_linears,
     quantize_embeddings,
@@ -112,8 +111,7 @@ def size(built: nn.Module, wanted: Spec) -> int | None:
         return bytes_on_disk(built)
     if wanted["grid"] not in (SYMMETRIC, AFFINE):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        return save_quantized(built, Path(folder) / "model.safetensors")
+    return quantized_bytes_on_disk(built)
 
 
 @cache

@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from effnlp_lessons.heads import SentenceClassifier
+from effnlp_lessons.measure import bytes_on_disk
 from effnlp_lessons.quantization import packing
 from effnlp_lessons.quantization.packing import (
     load_quantized,
     pack_codes,
     pack_trits,
     packed_bytes,
+    quantized_bytes_on_disk,
     save_quantized,
     unpack_codes,
     unpack_trits,
@@ -162,6 +164,11 @@ def test_the_size_is_that_of_the_codes(tmp_path):
         each = (24, 24, 24, 24, 36, 24) if granularity == "row" else (96, 96, 96, 96, 144, 144)
         zero_points = 0 if symmetric else sum(-(-grids * bits // 8) for grids in each)  # each layer begins a byte
         assert size == rest + weights * bits // 8 + 2 * (4 * sum(each) + zero_points)
+
+
+def test_the_size_without_keeping_a_file(tmp_path):
+    model = quantize_linears(classifier(), 4)
+    assert quantized_bytes_on_disk(model) == save_quantized(model, tmp_path / "a") < bytes_on_disk(model)
 
 
 def test_shared_tensors_and_float64(tmp_path):
