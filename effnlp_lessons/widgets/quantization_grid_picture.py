@@ -150,18 +150,14 @@ class QuantizationGridPicture:
         ]
         # words stay and only their numbers move: drawing letters takes most of the time of an event
         right = left + width
-        for x, y, words, align in (
-            (left, 388, "rounding", "left"),
-            (right, 388, "clipping", "right"),
-            (right, 405, "weights clipped", "right"),
+        for name, x, number, y, color in (
+            ("rounding", left, left + 63, 398, BLACK),
+            ("clipping", right, right - 56, 398, BLACK),
+            ("weights clipped", right, right - 107, 415, GREY),
         ):
-            self._write(figure, x, y, words, fontsize=9, ha=align, color=GREY if y > 400 else BLACK)
-        for name, x, y, align in (
-            ("rounding", left + 63, 388, "left"),
-            ("clipping", right - 56, 388, "right"),
-            ("clipped", right - 107, 405, "right"),
-        ):
-            self._words[name] = self._write(figure, x, y, fontsize=9, ha=align, color=GREY if y > 400 else BLACK)
+            style = {"va": "baseline", "fontsize": 9, "color": color}
+            self._write(figure, x, y, name, ha="left" if x == left else "right", **style)
+            self._words[name] = self._write(figure, number, y, ha="left" if x == left else "right", **style)
         sizes = self._axes(figure, left + 58, 454, width - 58, 58)
         sizes.set(xlim=(0, 1.42), ylim=(2.5, -0.5), xticks=[])
         sizes.set_yticks((0, 1, 2), ("float32", "stored", "of it grids"))
@@ -172,7 +168,7 @@ class QuantizationGridPicture:
         sizes.text(1.03, 0, f"{float_bytes:,}", va="center_baseline", fontsize=9)
         self._sizes = list(sizes.barh((1, 2), 0, color=[BLACK, GREY], height=0.62))
         self._bytes = [sizes.text(0, place, "", va="center_baseline", fontsize=9) for place in (1, 2)]
-        words = [self._words[name] for name in ("rounding", "clipping", "clipped")]
+        words = [self._words[name] for name in ("rounding", "clipping", "weights clipped")]
         return [*self._ratios, *self._amounts, *self._parts, *self._sizes, *self._bytes, *words]
 
     def _draw_legend(self, figure: Figure) -> None:
@@ -243,7 +239,7 @@ class QuantizationGridPicture:
         self._parts[1].set(x=rounding, width=clipping)
         self._words["rounding"].set_text(f"{100 * rounding:.1f} %")
         self._words["clipping"].set_text(f"{100 * clipping:.1f} %")
-        self._words["clipped"].set_text(f"{numbers['clipped']:,}")
+        self._words["weights clipped"].set_text(f"{numbers['clipped']:,}")
         ratio = numbers["float_bytes"] / numbers["bytes"]
         texts = f"{numbers['bytes']:,} ({ratio:.1f} x smaller)", f"{numbers['grid_bytes']:,}"
         for name, bar, amount, text in zip(("bytes", "grid_bytes"), self._sizes, self._bytes, texts, strict=True):
