@@ -198,6 +198,22 @@ def test_a_linear_layer_is_jacobs_up_to_its_second_rounding():
     assert (ours.int() - real.int()).abs().max() <= 2
 
 
+def test_the_table_is_tanh_of_every_code(small):
+    """What the head reads is tanh of what the pooler gives, to half a code of 1 / 127."""
+    _, integer = small
+    pooler, seen = integer.pooler[1], {}
+    handles = [
+        pooler.register_forward_hook(lambda module, _, output: seen.update(before=output)),
+        integer.head.register_forward_pre_hook(lambda module, inputs: seen.update(after=inputs[0])),
+    ]
+    integer.integer_logits(*random_batch(rows=7))
+    for handle in handles:
+        handle.remove()
+    assert seen["before"].unique().numel() > 50
+    exact = torch.tanh(pooler.dequantize(seen["before"]))
+    assert (seen["after"] / 127 - exact).abs().max() <= 0.5 / 127 + 1e-9
+
+
 def test_narrow_rounds_to_the_grid():
     fine = torch.tensor([0, 127, 128, -128, -129, 32_512, 40_000, -40_000], dtype=torch.int32)
     assert narrow(fine).tolist() == [0, 0, 1, 0, -1, 127, 127, -127]
@@ -205,6 +221,7 @@ def test_narrow_rounds_to_the_grid():
 
 def test_ranges_count_real_tokens_only_and_grow_with_batches():
     model, (ids, mask) = random_model(), random_batch()
+    mask &= torch.arange(13) < 2  # most tokens are padding, and the extremes are among them
     found = activation_ranges(model, [(ids, mask)])
     outputs = []
     handle = model.encoder.blocks[0].channel_mixer.expand.register_forward_hook(lambda *call: outputs.append(call[2]))
@@ -212,6 +229,7 @@ def test_ranges_count_real_tokens_only_and_grow_with_batches():
         model(ids, mask)
     handle.remove()
     real = outputs[0][mask]
+    assert outputs[0].min() < real.min() and real.max() < outputs[0].max()
     assert found["encoder.blocks.0.channel_mixer.expand.output"] == (real.min().item(), real.max().item())
     more = activation_ranges(model, [(ids, mask), random_batch(seed=1)])
     assert all(more[key][0] <= low and high <= more[key][1] for key, (low, high) in found.items())
