@@ -1,4 +1,4 @@
-"""Which layers should get 3 bits, which 2, under a budget of bytes? (Q-BERT, Shen et al. 2019; notebook 03)
+"""Which layers should get 3 bits, which 2, under a budget of bytes? (Q-BERT, Shen et al. 2019; notebook 04)
 
 The six layers of the teacher take 2 or 3 bits a weight each. The budget allows three of them 3 bits: 20 choices use it
 up. The accuracy of all 64 choices was recorded, after quantization without any training. The student looks for a good

@@ -62,4 +62,42 @@ def test_a_run_can_be_repeated():
     assert numbers == qat_by_bits.run(setting, seed=1).numbers and set(numbers["right"]) == {"2"}
 
 
-# RECORDED
+def recorded(way, bits, trained=True):
+    """{seed: the best per cent of the test sentences right}, over the recorded learning rates."""
+    best = {}
+    for run in load_results("qat_by_bits")["runs"]:
+        setting = run["setting"]
+        if setting["way"] == way and (setting["epochs"] > 0) == trained and bits in run["right"]:
+            best[run["seed"]] = max(best.get(run["seed"], 0.0), run["right"][bits])
+    assert set(best) >= {0, 1, 2}
+    return best
+
+
+def test_training_through_the_grid_brings_more_than_training_on_every_seed():
+    for bits, gain in (("3", 2), ("2", 15)):
+        fake, control = recorded(qat_by_bits.FAKE, bits), recorded(qat_by_bits.FLOAT, bits)
+        before = recorded(qat_by_bits.FLOAT, bits, trained=False)
+        for seed in fake:
+            assert fake[seed] > control[seed] + gain and fake[seed] > before[seed] + 5
+
+
+def test_at_four_bits_there_is_nothing_to_gain():
+    fake, before = recorded(qat_by_bits.FAKE, "4"), recorded(qat_by_bits.FLOAT, "4", trained=False)
+    assert all(abs(fake[seed] - before[seed]) < 1 for seed in fake)
+
+
+def test_at_two_bits_the_range_matters_more_than_learning_it():
+    fake, first = recorded(qat_by_bits.FAKE, "2"), recorded(qat_by_bits.FIXED, "2", trained=False)
+    learned, fixed = recorded(qat_by_bits.LEARNED, "2"), recorded(qat_by_bits.FIXED, "2")
+    for seed in fake:
+        # LSQ's steps before any training do no worse than minimum and maximum after it; trained, far better
+        assert first[seed] > fake[seed] and fixed[seed] > fake[seed] + 5
+        assert learned[seed] > first[seed] + 4
+    # what learning the steps adds is not told apart from nothing
+    assert abs(sum(learned.values()) - sum(fixed.values())) / len(fixed) < 1
+
+
+def test_clipping_helps_at_two_bits_without_any_training():
+    plain = recorded(qat_by_bits.FLOAT, "2", trained=False)
+    clipped = recorded(qat_by_bits.FLOAT, f"2, {qat_by_bits.CLIPPED}", trained=False)
+    assert all(clipped[seed] > plain[seed] + 15 for seed in plain)
