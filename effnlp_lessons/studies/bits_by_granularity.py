@@ -243,6 +243,6 @@ STUDY = Study(
         *({"models": [spec(b, 64, ranges=rule) for rule in OTHER_RULES]} for b in (4, 3, 2)),
     ),
     seeds=(0, 1, 2),
-    minutes=10,
+    minutes=13,
     finish=finish,
 )

@@ -221,7 +221,7 @@ def test_narrow_rounds_to_the_grid():
 
 def test_ranges_count_real_tokens_only_and_grow_with_batches():
     model, (ids, mask) = random_model(), random_batch()
-    mask &= torch.arange(13) < 2  # most tokens are padding, and the extremes are among them
+    mask &= torch.arange(13) < 2  # most tokens are padding, and the smallest number is among them
     found = activation_ranges(model, [(ids, mask)])
     outputs = []
     handle = model.encoder.blocks[0].channel_mixer.expand.register_forward_hook(lambda *call: outputs.append(call[2]))
@@ -229,7 +229,7 @@ def test_ranges_count_real_tokens_only_and_grow_with_batches():
         model(ids, mask)
     handle.remove()
     real = outputs[0][mask]
-    assert outputs[0].min() < real.min() and real.max() < outputs[0].max()
+    assert outputs[0].min() < real.min() - 1
     assert found["encoder.blocks.0.channel_mixer.expand.output"] == (real.min().item(), real.max().item())
     more = activation_ranges(model, [(ids, mask), random_batch(seed=1)])
     assert all(more[key][0] <= low and high <= more[key][1] for key, (low, high) in found.items())

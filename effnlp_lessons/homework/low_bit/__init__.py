@@ -1,4 +1,4 @@
-"""Homework of notebook 04: five exercises on training with few bits.
+"""Homework of notebook 04: five exercises on training for few bits.
 
 The exercises climb from a worked example with blanks (the straight-through estimator) and a bug in a training step on
 shadow weights to power iteration for two eigenvalues, ternary weights, and a choice of bits under a byte budget, which
@@ -32,7 +32,7 @@ PREDICTIONS = (
     Prediction(
         id="low_bit.rank",
         question="Of the 20 ways to give 3 bits to three of six layers and 2 to the others, "
-        "how many are at least as good as the Hessian's choice, itself counted? (This is its rank.)",
+        "how many are at least as good as the Hessian's choice, itself counted? (This is its place: 1 is the best.)",
         unit="ways",
         low=1,
         high=20,

@@ -100,8 +100,8 @@ check("quantization.scale_and_zero_point", scale_and_zero_point)
 # hint("quantization.scale_and_zero_point")
 
 # %% [markdown]
-# **Look back.** $Z$ is rounded, so the grid may be off by up to half a step, and one end of the range then lies a little
-# outside. Why is it better to be wrong at the ends than at 0?
+# **Look back.** $Z$ is rounded, so the grid may be off by up to half a step, and one end of the range then lies a
+# little outside. Why is it better to be wrong at the ends than at 0?
 
 # %% [markdown]
 # ## Exercise 2. Repair it: from real numbers to codes
@@ -204,8 +204,8 @@ check("quantization.fixed_point_multiplier", fixed_point_multiplier)
 # | -6 | -3 | -1.5 → -2 |
 #
 # The function below takes the product of real numbers. It differs by one now and then, and two engines that differ by
-# one are not the same engine. Repair it, with **integers only**. `x >> n` divides by $2^n$ and rounds down, for negative numbers
-# too. Return an int32 tensor.
+# one are not the same engine. Repair it, with **integers only**. `x >> n` divides by $2^n$ and rounds down,
+# for negative numbers too. Return an int32 tensor.
 
 # %% tags=["exercise"]
 def requantize(accumulator: torch.Tensor, multiplier: int, shift: int) -> torch.Tensor:

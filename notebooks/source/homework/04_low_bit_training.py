@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # Homework 4: training with few bits
+# # Homework 4: training for few bits
 #
-# Five exercises after the notebook *Training with few bits*.
+# Five exercises after the notebook *Training for few bits*.
 # Each stands alone, so you can skip one.
 #
 # | exercise | minutes | difficulty | |
@@ -109,8 +109,8 @@ check("low_bit.straight_through", fake_quantize)
 # - the prediction is $x \hat w^\top + b$ with $\hat w$ = `on_grid(layer.weight, bits)`, the weight on a grid for each
 #   row. `on_grid` is given, and has no gradient of its own. The bias is not quantized;
 # - the loss is the mean squared error, and its gradient **at $\hat w$** moves the weight of the layer;
-# - `layer.weight` stays a real number, off the grid, from the first step to the last. Most steps are much smaller than a
-#   step of the grid, and have to add up. It is called the shadow weight.
+# - `layer.weight` stays a real number, off the grid, from the first step to the last. Most steps are much smaller than
+#   a step of the grid, and have to add up. It is called the shadow weight.
 #
 # The function below makes one step, in place, and returns the loss of the quantized layer before it. The loss even
 # falls. Find the bug, and repair it.
@@ -151,11 +151,11 @@ check("low_bit.shadow_step", shadow_step)
 # **absolute value**. $H$ is never written down. `hvp(v)` gives $H v$. Power iteration repeats $v \leftarrow Hv / |Hv|$,
 # and ends with the Rayleigh quotient $v^\top H v$ of the unit vector, which keeps the eigenvalue's sign.
 #
-# Write it for the **two** largest. Eigenvectors of a symmetric matrix are orthogonal, so the second iteration runs among
-# the vectors orthogonal to the first eigenvector $v_1$.
+# Write it for the **two** largest. Eigenvectors of a symmetric matrix are orthogonal, so the second iteration runs
+# among the vectors orthogonal to the first eigenvector $v_1$.
 #
-# - A layer has several weights, so a vector is a **list of tensors**. All of them together are one vector, with one norm
-#   and one inner product: $a \cdot b = \sum_t \sum_i a_{t,i} b_{t,i}$.
+# - A layer has several weights, so a vector is a **list of tensors**. All of them together are one vector, with one
+#   norm and one inner product: $a \cdot b = \sum_t \sum_i a_{t,i} b_{t,i}$.
 # - `hvp` takes such a list and returns one of the same shapes.
 # - `starts` holds two lists, one for each iteration to begin with. `iterations` are enough for both to settle.
 # - Return two numbers with their signs, `(first, second)`, the one with the larger absolute value first.
@@ -200,8 +200,8 @@ check("low_bit.top_eigenvalues", top_eigenvalues)
 #
 # *15 minutes, difficulty 2 of 5, **core**.*
 #
-# Each weight becomes $-\alpha$, 0 or $\alpha$. TernaryBERT does this to the word embeddings with an $\alpha$ for **every
-# row**. For one row, by the rule of TWN (Li, Zhang and Liu 2016):
+# Each weight becomes $-\alpha$, 0 or $\alpha$. TernaryBERT does this to the word embeddings with an $\alpha$ for
+# **every row**. For one row, by the rule of TWN (Li, Zhang and Liu 2016):
 #
 # $$\Delta = 0.7 \cdot \mathrm{mean}(|w|), \qquad b_i = \begin{cases} \mathrm{sign}(w_i) & |w_i| > \Delta\\ 0 &
 # \text{otherwise,}\end{cases} \qquad \alpha = \mathrm{mean}(|w_i|)\ \text{over the } i \text{ with } b_i \ne 0$$
@@ -252,8 +252,8 @@ check("low_bit.ternary_scale", ternary_scale)
 # Find the best choice of all: **the largest sum of $\Omega$ over the layers with 3 bits**, among those that fit.
 #
 # - `eigenvalues` is `(layers, parts)`. std is that of the population (divided by the number of parts).
-# - `sizes` are numbers of weights, `budget` is in **bytes**. All weights together, each with the bits of its layer, take
-#   at most the budget. 2 bits everywhere always fit.
+# - `sizes` are numbers of weights, `budget` is in **bytes**. All weights together, each with the bits of its layer,
+#   take at most the budget. 2 bits everywhere always fit.
 # - There are few layers: try all choices.
 # - Return $\Omega$, a tensor `(layers,)`, and the list of bits.
 #
