@@ -104,7 +104,8 @@ def affine_quantizer(
     low, high = low.clamp(max=0), high.clamp(min=0)
     # S = (b - a) / (2^k - 1)
     width, steps = high - low, q_max - q_min
-    scale = torch.where(width > 0, width / steps, torch.ones_like(width))
+    scale = width / steps
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # Z = q_min - a / S, in float64: a float32 quotient can fall on the wrong side of a half
     exact = low.double() * steps / torch.where(width > 0, width, torch.ones_like(width)).double()
     zero_point = torch.round(q_min - exact).clamp(q_min, q_max).to(torch.int32)
