@@ -324,8 +324,8 @@ for name, bits, granularity, embeddings in (("8 bits a row", 8, "row", None), ("
     print(f"{name:28} {files[name] / 1e6:5.1f} MB, {files['float32'] / files[name]:4.1f} times smaller; same logits after loading: {equal}")
 
 # %% [markdown]
-# Eight bits in the layers make the file smaller by a third only: half of MiniLM is the token table, and it is still in float32. What may
-# be taken from the table? The record, layers at 4 bits in groups of 64, affine:
+# Eight bits in the layers make the file smaller by a third only: half of MiniLM is the token table, and it is still in
+# float32. What may be taken from the table? The record, layers at 4 bits in groups of 64, affine:
 
 # %%
 for bits in (8, 4, 3):
@@ -648,8 +648,9 @@ if reveal("quantization.granularity") is not None:
 #
 # <details><summary><b>A phone, one short message at a time.</b></summary>
 #
-# Bytes first: 4 bits in groups of 64 for the layers, 8 bits a row for the token table. The answers stay within a point, and nothing was
-# trained. At 4 bits the table costs more than two points. Speed comes only if the phone has integer instructions *and* the code uses them.
+# Bytes first: 4 bits in groups of 64 for the layers, 8 bits a row for the token table. The answers stay within a point,
+# and nothing was trained. At 4 bits the table costs more than two points. Speed comes only if the phone has integer
+# instructions *and* the code uses them.
 # </details>
 #
 # <details><summary><b>A server that classifies in large batches.</b></summary>
