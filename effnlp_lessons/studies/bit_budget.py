@@ -10,6 +10,8 @@ An accuracy has no randomness, so no seed repeats it: the sentences are cut into
 each seed measures all 64 on its own part. The parts add up to the whole test set and development set. What a seed
 varies otherwise is which sentences the Hessian sees, and from which directions its iteration starts.
 
+NOTE the four recorded runs shared two cores with much else, and their seconds say so; each took about 11 minutes of
+processor time.
 NOTE Q-BERT fine-tunes with quantized weights; here nothing is trained afterwards, and 64 inputs a grid are finer than
 its groups of rows: of those, 2 bits leave little of this small model without training.
 """
@@ -194,5 +196,5 @@ STUDY = Study(
     recorded=({"subsets": 10, "sentences": 64, "tokens": 32, "iterations": 10},),
     full=({"subsets": 10, "sentences": 64, "tokens": 512, "iterations": 10},),
     seeds=SEEDS,
-    minutes=20,
+    minutes=40,
 )

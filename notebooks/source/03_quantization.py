@@ -687,7 +687,7 @@ if reveal("quantization.granularity") is not None:
 #
 # **2. One bit more for each weight changes the mean squared rounding error to**
 # <details><summary>a half</summary>No. The step is halved, and the error goes with its square.</details>
-# <details><summary>a quarter</summary>Yes. 6.02 dB.</details>
+# <details><summary>a quarter</summary>Yes. Half the step, a quarter of its square: 6.02 dB less.</details>
 # <details><summary>an eighth</summary>No. That would be a bit and a half.</details><br>
 #
 # **3. Why are weights often symmetric and activations often affine?**

@@ -302,18 +302,17 @@ def group_quantize(weight: torch.Tensor, group: int, bits: int) -> torch.Tensor:
     rows, columns = weight.shape
     padding = -columns % group  # what a row lacks to be a whole number of groups
     groups = F.pad(weight, (0, padding)).reshape(-1, group)
+    scale = groups.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    scale = torch.where(scale > 0, scale, 1.0)  # a group of zeros
+    on_grid = scale * torch.round(groups / scale)
+    return on_grid.reshape(rows, -1)[:, :columns]
     ### END SOLUTION
     ### BEGIN STARTER
     padding = -weight.numel() % group  # what is missing for a whole number of groups
     groups = F.pad(weight.flatten(), (0, padding)).reshape(-1, group)
-    ### END STARTER
     scale = groups.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
     scale = torch.where(scale > 0, scale, 1.0)  # a group of zeros
     on_grid = scale * torch.round(groups / scale)
-    ### BEGIN SOLUTION
-    return on_grid.reshape(rows, -1)[:, :columns]
-    ### END SOLUTION
-    ### BEGIN STARTER
     return on_grid.flatten()[: weight.numel()].reshape(weight.shape)
     ### END STARTER
 
