@@ -103,13 +103,13 @@ print("each round of Lloyd's lowers the error or leaves it:", all(a >= b for a, 
 #
 # $$z = S\,(q - Z) \qquad\qquad q = \mathrm{clamp}\Big(\mathrm{round}\big(\tfrac{z}{S}\big) + Z,\; q_{min},\; q_{max}\Big)$$
 #
-# A clash of letters: the lecture's $z$ is a real number and its $Z$ an integer. Jacob et al. (2017) write $r = S(q -
-# Z)$ for the same. $Z$ is the code that stands for *exactly* 0. That matters: padding and ReLU produce zeros, and a
-# zero that comes back as 0.003 is added up thousands of times.
+# A clash of letters: the lecture's $z$ is a real number and its $Z$ an integer. Jacob et al. (2017) write
+# $r = S(q - Z)$ for the same. $Z$ is the code that stands for *exactly* 0. That matters: padding and ReLU produce
+# zeros, and a zero that comes back as 0.003 is added up thousands of times.
 #
-# **Affine:** the range $[a, b]$ is stretched to contain 0, then $S = (b - a)/(2^k - 1)$ and $Z = \mathrm{round}(q_{min}
-# - a/S)$. **Symmetric:** $Z = 0$ and $S = \max|z|/(2^{k-1} - 1)$, codes $-7 \dots 7$ at 4 bits. One code is given up so
-# that plus and minus have the same reach.
+# **Affine:** the range $[a, b]$ is stretched to contain 0, then $S = (b - a)/(2^k - 1)$ and
+# $Z = \mathrm{round}(q_{min} - a/S)$. **Symmetric:** $Z = 0$ and $S = \max|z|/(2^{k-1} - 1)$, codes $-7 \dots 7$ at 4
+# bits. One code is given up so that plus and minus have the same reach.
 
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.quantization.quantizers import affine_quantizer, quantize_matrix, symmetric_quantizer
@@ -291,9 +291,36 @@ for batch in ([-1.0, 2.0], [-3.0, 2.0], [-1.0, 4.0]):
 # %% [markdown]
 # ## 5. The file: size means bytes on disk
 #
-# A weight of 4 bits kept as one byte takes 8. Kept as "fake-quantized" float32 it takes 32; users of released code
-# found exactly this, a quantized model whose file had not shrunk. So the codes must be **packed**: two of 4 bits in a
-# byte, eight of 3 bits in three bytes.
+# **Predict first.** Every weight of the layers is moved to the nearest of 15 levels, quantized and dequantized, and the
+# model is saved as usual. Beside the float32 file, this one is (`quantization.file`: "an eighth", "a quarter", "as
+# large")
+
+# %%
+my_guess = None
+predict("quantization.file", my_guess)
+
+# %% tags=["reveal"]
+from copy import deepcopy
+
+from effnlp_lessons.measure import bytes_on_disk
+from effnlp_lessons.quantization.post_training import block_linears
+
+if (guess := reveal("quantization.file")) is not None:
+    fake = deepcopy(teacher)
+    for name in block_linears(fake):
+        weight = fake.get_submodule(name).weight
+        weight.data = quantize_matrix(weight, 4, 64).dequantize()
+    print(f"{bytes_on_disk(fake) / bytes_on_disk(teacher):.2f} of the float32 file; your guess: {guess}")
+
+# %% [markdown]
+# <details><summary><b>After your guess</b></summary>
+#
+# A float32 that lies on a grid still takes 32 bits. Users of released code found exactly this: a quantized model whose
+# file had not shrunk.
+# </details>
+#
+# A code of 4 bits in a byte of its own takes 8. So codes must be **packed**: two of 4 bits in a byte, eight of 3 bits
+# in three bytes.
 
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.quantization.packing import load_quantized, pack_codes, pack_trits, save_quantized, unpack_codes
@@ -308,7 +335,6 @@ print("243 is 3 to the fifth, so five ternary codes fit in", len(pack_trits(torc
 import tempfile
 from pathlib import Path
 
-from effnlp_lessons.measure import bytes_on_disk
 from effnlp_lessons.quantization.post_training import quantize_embeddings
 
 sentence = ReviewExamples(reviews.load_reviews().subset("test"), limit=8).batch(list(range(8)))[:2]
@@ -349,8 +375,8 @@ print(f"equal codes: {100 * min(a.equal for a in found):.2f} % in the worst matr
 # ## 6. A linear layer on integers alone (Jacob et al. 2017)
 #
 # So far the codes were turned back into floats before each product. The file got smaller, the arithmetic did not. Now
-# the product itself is done on integers. Three grids take part: input ($S_1, Z_1$), weights ($S_2, Z_2$), output ($S_3,
-# Z_3$).
+# the product itself is done on integers. Three grids take part: input ($S_1, Z_1$), weights ($S_2, Z_2$), output
+# ($S_3, Z_3$).
 #
 # $$r_3 = \sum_j r_1 r_2 \;\;\Longrightarrow\;\; S_3 (q_3 - Z_3) = \sum_j S_1 (q_1 - Z_1)\, S_2 (q_2 - Z_2)$$
 #
@@ -382,8 +408,8 @@ print("multiplied out:                      ", torch.equal(direct, integer_produ
 print("the library's:                       ", torch.equal(direct, zero_point_product(q1, z1, q2, z2)), direct.dtype)
 
 # %% [markdown]
-# The sums are kept in **int32**. Two codes of 8 bits make a product of 16, and thousands of those are added: with $127
-# \cdot 255$ a term, up to 66,311 terms are safe, whatever they are.
+# The sums are kept in **int32**. Two codes of 8 bits make a product of 16, and thousands of those are added: with
+# $127 \cdot 255$ a term, up to 66,311 terms are safe, whatever they are.
 #
 # ### One real number is left: $M$
 #
@@ -471,8 +497,8 @@ print("one layer instead of two:", torch.allclose(fold_batch_norm(*pair)(x), pai
 #
 # $$a(x + b)^2 + c = aS^2\big[(q + q_b)^2 + q_c\big], \qquad q_b = \lfloor b/S \rfloor,\; q_c = \lfloor c/(aS^2) \rfloor$$
 #
-# * $e^x$ for $x \le 0$: take out powers of two, $e^x = 2^{-z} e^{p}$ with $p$ in $(-\ln 2, 0]$. A power of two is a shift, and $e^p \approx
-#   0.3585\,(p + 1.353)^2 + 0.344$.
+# * $e^x$ for $x \le 0$: take out powers of two, $e^x = 2^{-z} e^{p}$ with $p$ in $(-\ln 2, 0]$. A power of two is a
+#   shift, and $e^p \approx 0.3585\,(p + 1.353)^2 + 0.344$.
 # * $\mathrm{erf}(x) \approx \mathrm{sgn}(x)\,[-0.2888\,(\min(|x|, 1.769) - 1.769)^2 + 1]$.
 # * $\sqrt n$: Newton's iteration, $x \leftarrow \lfloor (x + \lfloor n/x \rfloor)/2 \rfloor$, until it no longer falls. Exact.
 

@@ -92,8 +92,8 @@ curves(x.tolist(), {"Q(x), forward": grid(x).tolist(), "what the gradient believ
        x_label="x", y_label="", caption="Forward the staircase, backward the line: slope 1 inside the range, 0 outside.")
 
 # %% [markdown]
-# **At the border** there are two rules in use. The papers, and this library, ask whether the *real* number lies in $[a,
-# b]$. Torch asks whether the *rounded* one does, and so lets through half a step more at each end:
+# **At the border** there are two rules in use. The papers, and this library, ask whether the *real* number lies in
+# $[a, b]$. Torch asks whether the *rounded* one does, and so lets through half a step more at each end:
 
 # %% tags=["nbval-check-output"]
 grid8 = affine_quantizer(torch.tensor(-0.5), torch.tensor(25.0), bits=8)  # S = 0.1, Z = 5
@@ -368,13 +368,14 @@ if (guess := reveal("low_bit.rank")) is not None:
 # %% [markdown]
 # <details><summary><b>After your guess: is the Hessian right?</b></summary>
 #
-# The curvature falls from the first layer to the last, on every seed, so its choice is simply the first three layers. It is better than the
-# mean of all twenty, and its reverse is worse. It is not the best: the winner takes layer 4 in place of layer 1. One accuracy on 2,000 has a
-# standard error of nearly a point, so close neighbours in this ranking are ties. As a rule that needs no search, it is useful; as a law, not.
+# The curvature falls from the first layer to the last, on every seed, so its choice is simply the first three layers.
+# It is better than the mean of all twenty, and its reverse is worse. It is not the best: the winner takes layer 4 in
+# place of layer 1. One accuracy on 2,000 has a standard error of nearly a point, so close neighbours in this ranking
+# are ties. As a rule that needs no search, it is useful; as a law, not.
 # </details>
 #
-# Now spend the budget yourself. **Try:** find a choice among the best five before you switch on the curvature. Then switch it on: does it
-# point to the layers that you chose? (This explorer holds the answer: guess first.)
+# Now spend the budget yourself. **Try:** find a choice among the best five before you switch on the curvature. Then
+# switch it on: does it point to the layers that you chose? (This explorer holds the answer: guess first.)
 
 # %%
 from effnlp_lessons.widgets.bit_budget_explorer import BitBudgetExplorer
