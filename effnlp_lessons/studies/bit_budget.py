@@ -12,10 +12,9 @@ varies otherwise is which sentences the Hessian sees, and from which directions 
 
 NOTE the four recorded runs shared two cores with much else, and their seconds say so; each took about 11 minutes of
 processor time.
-NOTE ten products with the Hessian settle in layers 4 to 6, not always before. On 7 of 40 subsets the residual of layer 1
-is above a tenth of its value. On one of them (seed 0, the fourth) its eigenvalues reach from -20.1 to 19.0, by Lanczos:
-two of nearly equal size and opposite sign, between which power iteration does not settle. The value kept, -10.1, is no
-eigenvalue.
+NOTE ten products with the Hessian settle in layers 4 to 6, not always below. On 7 of 40 subsets the residual of layer 1
+is above a tenth of its value. On one of them (seed 0, the fourth) its eigenvalues reach from -20.1 to 19.0, found by
+Lanczos: nearly equal size, opposite sign, and power iteration does not settle between them. It left -10.1, neither.
 NOTE Q-BERT fine-tunes with quantized weights; here nothing is trained afterwards, and 64 inputs a grid are finer than
 its groups of rows: of those, 2 bits leave little of this small model without training.
 """
