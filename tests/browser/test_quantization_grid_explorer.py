@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 
 import numpy as np
 import pytest
@@ -74,7 +75,13 @@ class Page:
             arg=[str(values["bits"]), str(values["share"]), f"{values['outlier']:.1f}"],
         )
         of_class = pixels(twin.image.value)
-        assert np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)
+        # words and picture come in messages of their own
+        until = time.monotonic() + 5
+        while not (same := np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)):
+            if time.monotonic() > until:
+                break
+            self.page.wait_for_timeout(100)
+        assert same, "the picture is not that of the class"
         self.page.evaluate("() => document.activeElement.blur()")  # the frame that shows the focus is not ours
         self.page.mouse.move(5, 5)
         self.page.wait_for_function("() => document.querySelector('img.explorer-picture').complete")

@@ -74,7 +74,9 @@ def encoder_case(seed=0):
 
 
 def mlp_case(seed=0):
-    network = noisy(nn.Sequential(nn.Linear(3, 7), nn.GELU(), nn.Linear(7, 5)), seed)
+    with torch.random.fork_rng():  # linear layers draw from torch's global generator
+        torch.manual_seed(seed)
+        network = noisy(nn.Sequential(nn.Linear(3, 7), nn.GELU(), nn.Linear(7, 5)), seed)
     x = torch.randn(20, 3, generator=generator(1), dtype=torch.float64)
     y = torch.randint(0, 5, (20,), generator=generator(2))
     return Case(network, "0", lambda model: F.cross_entropy(model(x), y))
