@@ -1,4 +1,4 @@
-"""Layers that a test makes draw their weights from torch's global generator: every test begins at the same place of it."""
+"""Layers that a test makes draw their weights from torch's global generator: every test begins at one place of it."""
 
 import torch
 
