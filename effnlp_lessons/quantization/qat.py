@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effnlp_lessons.quantization.batch_norm import fold_statistics
-from effnlp_lessons.quantization.integer_only import ACTIVATIONS, IntegerLinear
+from effnlp_lessons.quantization.integer_only import ACTIVATIONS
 from effnlp_lessons.quantization.post_training import Bits, QuantizedLinear, bits_of, block_linears
 from effnlp_lessons.quantization.quantizers import (
     Granularity,
@@ -36,11 +35,11 @@ from effnlp_lessons.quantization.quantizers import (
     RangeRule,
     affine_quantizer,
     block_of,
+    block_quantizer,
     check_bits,
     from_blocks,
     min_max,
     quantize_matrix,
-    symmetric_quantizer,
     to_blocks,
 )
 from effnlp_lessons.quantization.ranges import MovingAverageRange
@@ -84,11 +83,7 @@ def fake_quantize_matrix(
     block = block_of(tuple(matrix.shape), granularity)
     blocks = to_blocks(matrix, block)
     with torch.no_grad():
-        low, high = (bound.unflatten(0, blocks.shape[:2])[..., None] for bound in ranges(blocks.flatten(0, 1)))
-        if symmetric:
-            quantizer = symmetric_quantizer(torch.maximum(low.abs(), high.abs()), bits)
-        else:
-            quantizer = affine_quantizer(low, high, bits)
+        quantizer = block_quantizer(blocks, bits, symmetric, ranges)
     return from_blocks(fake_quantize(blocks, quantizer), block)
 
 
@@ -181,61 +176,17 @@ class FakeQuantizedLinear(nn.Linear):
         return y if self.output is None else self.output(y)
 
 
-class FakeQuantizedNormedLinear(FakeQuantizedLinear):
-    """A linear layer with the batch norm after it folded in, so that the folded weight is quantized (sec. 3).
-
-        w_fold = gamma w / sqrt(var + eps),   b_fold = beta + gamma (b - mean) / sqrt(var + eps)
-
-    In training mean and var are the batch's, from a first product with the float weight; in evaluation, and once
-    frozen, the running ones, with which inference folds.
-
-    Raises:
-        ValueError: a norm without running statistics or of another width.
-    """
-
-    frozen: Tensor
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        norm: nn.BatchNorm1d,
-        bits: int,
-        granularity: Granularity = "row",
-        *,
-        input: FakeQuantizedActivation | None = None,
-        output: FakeQuantizedActivation | None = None,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__(linear, bits, granularity, input=input, output=output, activation=activation)
-        if norm.running_mean is None or norm.num_features != linear.out_features:
-            raise ValueError(f"norm must have running statistics and width {linear.out_features}")
-        self.norm = norm
-        self.register_buffer("frozen", torch.tensor(False))
-
-    def inference_parameters(self) -> tuple[Tensor, Tensor]:
-        return fold_statistics(self, self.norm, self.norm.running_mean, self.norm.running_var)
-
-    def training_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.frozen:
-            return self.inference_parameters()
-        z = F.linear(x, self.weight, self.bias).flatten(0, -2)
-        self.norm(z)  # moves the running statistics
-        return fold_statistics(self, self.norm, z.mean(0), z.var(0, correction=0))
-
-
 def freeze_ranges_(model: nn.Module) -> None:
-    """From now on no range of activations and no statistics of a folded norm move. In place; for the last steps."""
+    """From now on no range of activations and no statistics of a folded norm move. In place; for the last steps.
+
+    Freezes every module that has a buffer `frozen`.
+    """
     for part in model.modules():
-        if isinstance(part, FakeQuantizedActivation | FakeQuantizedNormedLinear):
+        if "frozen" in dict(part.named_buffers(recurse=False)):
             part.frozen.fill_(True)
 
 
 # ------------------------------------------------------------------------------------------- whole models
-
-
-def _put_(model: nn.Module, name: str, part: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, part)
 
 
 def replace_linears(
@@ -256,7 +207,7 @@ def replace_linears(
     for name in names:
         if not isinstance(parts.get(name), nn.Linear):
             raise ValueError(f"names: {name!r} must be a linear layer of the model")
-        _put_(model, name, replacement(name, parts[name]))
+        model.set_submodule(name, replacement(name, parts[name]))
     return model
 
 
@@ -311,65 +262,5 @@ def convert_weights(model: nn.Module) -> nn.Module:
             activation = {"relu": nn.ReLU(), "relu6": nn.ReLU6()}.get(layer.activation)
             parts = [part for part in (layer.input, quantized, activation, layer.output) if part is not None]
             quantized = quantized if len(parts) == 1 else nn.Sequential(*parts)
-        _put_(model, name, quantized.eval())
+        model.set_submodule(name, quantized.eval())
     return model
-
-
-def prepare_integer_stack(
-    stack: nn.Sequential, bits: int = 8, granularity: Granularity = "row", *, delay: int = 0, rate: float = 0.01
-) -> nn.Sequential:
-    """A copy of a stack of Linear, [BatchNorm1d], [ReLU or ReLU6], ... to be trained for integer-only inference.
-
-    Every layer becomes one module, norm folded and activation fused, whose output is fake-quantized in 8 bits; the
-    first one's input too. So each number that inference holds as a code is on its grid in training.
-
-    Raises:
-        ValueError: another module, or one out of order; bits, granularity, delay or rate out of range.
-    """
-    layers: list[FakeQuantizedLinear] = []
-    modules = list(copy.deepcopy(stack))
-    while modules:
-        linear = modules.pop(0)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"stack must be Linear, [BatchNorm1d], [ReLU or ReLU6], ..., got {type(linear).__name__}")
-        norm = modules.pop(0) if modules and isinstance(modules[0], nn.BatchNorm1d) else None
-        activation = {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(modules[0])) if modules else None
-        if activation:
-            modules.pop(0)
-        grids = {"input": None if layers else FakeQuantizedActivation(8, delay, rate)}
-        grids["output"] = FakeQuantizedActivation(8, delay, rate)
-        if norm is None:
-            layers.append(FakeQuantizedLinear(linear, bits, granularity, activation=activation, **grids))
-        else:
-            layers.append(FakeQuantizedNormedLinear(linear, norm, bits, granularity, activation=activation, **grids))
-    if not layers:
-        raise ValueError("stack must hold at least one linear layer")
-    return nn.Sequential(*layers)
-
-
-def convert_to_integers(stack: nn.Sequential) -> nn.Sequential:
-    """The `integer_only.IntegerLinear` layers of a stack that was made by `prepare_integer_stack` and trained.
-
-    It takes the codes `layers[0].input.quantize(x)` and gives codes that `layers[-1].output.dequantize` reads.
-
-    Raises:
-        ValueError: a stack that saw no batch or whose delay is not over, weights on other grids than one a row or one.
-    """
-    if not len(stack) or not all(isinstance(layer, FakeQuantizedLinear) and layer.output for layer in stack):
-        raise ValueError("stack must come from prepare_integer_stack: every layer needs an output grid")
-    layers, grid = [], None
-    for layer in stack:
-        for activation in (layer.input, layer.output):
-            if activation is not None and activation.steps < activation.delay:
-                raise ValueError(f"activations were quantized in no step yet: {activation.steps} of {activation.delay}")
-        grid, output = (layer.input.quantizer if grid is None else grid), layer.output.quantizer
-        matrix, bias = layer.quantized_weight(), layer.inference_parameters()[1]
-        if matrix.block[1] != layer.in_features or matrix.block[0] not in (1, layer.out_features):
-            raise ValueError(f"weights must have one grid a row or one in all, got blocks of {matrix.block}")
-        scale = matrix.scale.flatten().expand(layer.out_features).double()
-        if bias is not None:  # a row of zeros has any scale: one that is fine enough for its bias
-            fine = bias.detach().double().abs() / grid.scale / 2**16
-            scale = torch.where((matrix.codes == 0).all(1) & (fine > 0), fine, scale)
-        layers.append(IntegerLinear(matrix.codes, scale, bias, grid, output, layer.activation))
-        grid = output
-    return nn.Sequential(*layers)

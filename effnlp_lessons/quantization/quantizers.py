@@ -172,6 +172,16 @@ def min_max(values: Float[Tensor, "blocks numbers"]) -> tuple[Float[Tensor, " bl
     return values.amin(-1), values.amax(-1)
 
 
+def block_quantizer(
+    blocks: Float[Tensor, "row_blocks column_blocks numbers"], bits: int, symmetric: bool, ranges: RangeRule
+) -> LinearQuantizer:
+    """The grids of all blocks, (row_blocks, column_blocks, 1); arguments and errors as `quantize_matrix`."""
+    low, high = (bound.unflatten(0, blocks.shape[:2])[..., None] for bound in ranges(blocks.flatten(0, 1)))
+    if symmetric:
+        return symmetric_quantizer(torch.maximum(low.abs(), high.abs()), bits)
+    return affine_quantizer(low, high, bits)
+
+
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """A matrix as codes with the grids of its blocks.
@@ -216,10 +226,6 @@ def quantize_matrix(
     """
     block = block_of(tuple(matrix.shape), granularity)
     blocks = to_blocks(matrix.detach(), block)
-    low, high = (bound.unflatten(0, blocks.shape[:2]) for bound in ranges(blocks.flatten(0, 1)))
-    if symmetric:
-        quantizer = symmetric_quantizer(torch.maximum(low.abs(), high.abs())[..., None], bits)
-    else:
-        quantizer = affine_quantizer(low[..., None], high[..., None], bits)
+    quantizer = block_quantizer(blocks, bits, symmetric, ranges)
     codes = from_blocks(quantizer.quantize(blocks), block)
     return QuantizedMatrix(codes, quantizer.scale[..., 0], quantizer.zero_point[..., 0], bits, symmetric, block)

@@ -201,7 +201,8 @@ if (guess := reveal("low_bit.qat")) is not None:
 # %%
 from torch import nn
 
-from effnlp_lessons.quantization.qat import convert_to_integers, freeze_ranges_, prepare_integer_stack
+from effnlp_lessons.quantization.qat import freeze_ranges_
+from effnlp_lessons.quantization.qat_integers import convert_to_integers, prepare_integer_stack
 
 generator = torch.Generator().manual_seed(0)
 inputs = torch.randn(256, 12, generator=generator)

@@ -5,7 +5,9 @@ CHROMIUM); without one these tests are skipped with that sentence. Each pytest-x
 server, port and folders; `--dist loadgroup` keeps the tests on one worker and so starts one server.
 """
 
+import base64
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -19,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 HERE = Path(__file__).parent
 FLAGS = [
@@ -31,6 +35,17 @@ SETTINGS = {
     # all cells stand in the page, also those outside the window
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
+SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
+DESCRIBED = """([attribute, words]) => document.querySelector('img.explorer-picture')[attribute] === words"""
+PNG_OF_PAGE = """async () => {
+    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
+    const reader = new FileReader();
+    return await new Promise(done => {
+        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -167,6 +182,33 @@ class Lab:
 
     def errors(self) -> list[str]:
         return [f"{o['ename']}: {o['evalue']}" for o in self.outputs() if o["output_type"] == "error"]
+
+    def settled(self, explorer) -> None:
+        """Wait until the line below the picture says what that explorer, in this process, says."""
+        self.page.wait_for_function(SETTLED, arg=explorer.summary(explorer.state), timeout=10_000)
+
+    def assert_shows(self, explorer, description: str = "alt") -> np.ndarray:
+        """Line, description and pixels, in the file and on the screen, are that explorer's.
+
+        Words and picture come in messages of their own, so each is waited for. `description` is the attribute that
+        holds the alt text. Returns the pixels of the screen.
+        """
+        self.settled(explorer)
+        self.page.wait_for_function(DESCRIBED, arg=[description, explorer.alt], timeout=10_000)
+        of_class, until = pixels(bytes(explorer.image.value)), time.monotonic() + 5
+        while not (same := np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)):
+            if time.monotonic() > until:
+                break
+            self.page.wait_for_timeout(100)
+        assert same, "the picture is not that of the class"
+        # the frame that shows the focus of a painted picture is not ours
+        self.page.evaluate("() => { if (document.querySelector('.painted-pad')) document.activeElement.blur() }")
+        self.page.mouse.move(5, 5)
+        self.page.wait_for_function("() => document.querySelector('img.explorer-picture').complete")
+        on_screen = pixels(self.page.locator("img.explorer-picture").screenshot())
+        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
+        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+        return on_screen
 
     def close(self) -> None:
         self.page.evaluate("() => jupyterapp.serviceManager.sessions.shutdownAll()")  # the next has a new kernel

@@ -9,12 +9,6 @@ from PIL import Image
 
 from effnlp_lessons.widgets.cost_explorer import LENGTHS, CostExplorer
 
-SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
-PNG_OF_PAGE = """async () => {
-    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
-    const reader = new FileReader();
-    return await new Promise(done => {
-        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
 WATCH = """() => {
     const picture = document.querySelector('img.explorer-picture');
     const output = picture.closest('.jp-OutputArea');
@@ -38,8 +32,9 @@ def pixels(png: bytes) -> np.ndarray:
 class Page:
     """The explorer on the page: its handles and what it shows."""
 
-    def __init__(self, page) -> None:
-        self.page = page
+    def __init__(self, lab) -> None:
+        page = lab.page
+        self.lab, self.page = lab, page
         self.slider = page.locator(".widget-hslider")
         self.handle = self.slider.locator(".noUi-handle")
         self.picture = page.locator("img.explorer-picture")
@@ -50,18 +45,7 @@ class Page:
 
     def assert_shows(self, expected: CostExplorer) -> None:
         """Line, title and pixels, in the file and on the screen, are those of this state."""
-        self.page.wait_for_function(SETTLED, arg=expected.summary(expected.state), timeout=5_000)
-        self.page.wait_for_function(
-            "alt => document.querySelector('img.explorer-picture').title === alt",
-            arg=expected.alt,
-            timeout=5_000,
-        )
-        of_class = pixels(bytes(expected.image.value))
-        assert np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)
-        self.page.mouse.move(5, 5)
-        on_screen = pixels(self.picture.screenshot())
-        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
-        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+        self.lab.assert_shows(expected, "title")
 
     def drag(self, moves: int, step: float) -> None:
         """Drag the handle with the mouse, `moves` steps of `step` pixels, a frame apart."""
@@ -89,9 +73,9 @@ def opened(lab):
 @pytest.fixture
 def explorer(opened, quiet) -> Page:
     opened.run_all()  # a fresh explorer, at 128 tokens
-    page = Page(opened.page)
+    page = Page(opened)
     page.picture.wait_for()
-    page.page.wait_for_function(SETTLED, arg=CostExplorer(length=128).summary(CostExplorer().state))
+    opened.settled(CostExplorer(length=128))
     return page
 
 
@@ -170,7 +154,7 @@ def test_nothing_flickers_while_dragging(explorer):
     session.send("Page.startScreencast", {"format": "png", "everyNthFrame": 1})
     explorer.drag(40, 4)
     last = CostExplorer(length=explorer.length)
-    page.wait_for_function(SETTLED, arg=last.summary(last.state))
+    explorer.lab.settled(last)
     page.wait_for_timeout(100)
     session.send("Page.stopScreencast")
     seen = page.evaluate(

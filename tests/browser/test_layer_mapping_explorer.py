@@ -1,11 +1,6 @@
 """The explorer of layer mappings in a real page: what is on the screen is what the class gives after the same moves."""
 
-import base64
-import io
-
-import numpy as np
 import pytest
-from PIL import Image
 
 from effnlp_lessons.widgets.layer_mapping_explorer import (
     AREA,
@@ -25,12 +20,6 @@ MAKE_SCORES = (
     "measures = {'agreement': (80, 90), 'accuracy': (70, 85), 'loss': (0.2, 0.9)}",
     "scores = {g: {name: seeds(*limits) for name, limits in measures.items()} for g in mappings}",
 )
-SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
-PNG_OF_PAGE = """async () => {
-    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
-    const reader = new FileReader();
-    return await new Promise(done => {
-        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
 
 
 def made_up() -> dict:
@@ -39,15 +28,12 @@ def made_up() -> dict:
     return names["scores"]
 
 
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-
 class Page:
     """The explorer on the page, and a twin in this process that the same is done to."""
 
-    def __init__(self, page) -> None:
-        self.page, self.twin = page, LayerMappingExplorer(made_up())
+    def __init__(self, lab) -> None:
+        page = lab.page
+        self.lab, self.page, self.twin = lab, page, LayerMappingExplorer(made_up())
         self.picture, self.pad = page.locator("img.explorer-picture"), page.locator(".painted-pad")
 
     def row(self, name: str):
@@ -57,15 +43,12 @@ class Page:
         self.row(row).get_by_role("button", name=words, exact=True).click()
 
     def settled(self) -> None:
-        self.page.wait_for_function(SETTLED, arg=self.twin.summary(self.twin.state), timeout=10_000)
+        self.lab.settled(self.twin)
 
     def assert_shows_twin(self) -> None:
         """Line, alt text, buttons and pixels, in the file and on the screen, are those of the twin."""
         twin = self.twin
         self.settled()
-        self.page.wait_for_function(
-            "alt => document.querySelector('img.explorer-picture').alt === alt", arg=twin.alt, timeout=5_000
-        )
         strategy = twin.values["strategy"]
         expected = [*map(str, twin.mapping), *([strategy] if strategy else [])]
         self.page.wait_for_function(
@@ -73,14 +56,7 @@ class Page:
                 .map(button => button.innerText.trim())) === JSON.stringify(words)""",
             arg=expected,
         )
-        of_class = pixels(twin.image.value)
-        assert np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)
-        self.page.evaluate("() => document.activeElement.blur()")  # the frame that shows the focus is not ours
-        self.page.mouse.move(5, 5)
-        self.page.wait_for_function("() => document.querySelector('img.explorer-picture').complete")
-        on_screen = pixels(self.picture.screenshot())
-        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
-        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+        self.lab.assert_shows(twin)
 
     def in_window(self, x: float, y: float) -> tuple[float, float]:
         """A place of the picture in the window."""
@@ -121,7 +97,7 @@ def opened(lab):
 @pytest.fixture
 def explorer(opened, quiet) -> Page:
     opened.run_all()  # a fresh one
-    page = Page(opened.page)
+    page = Page(opened)
     page.picture.wait_for()
     page.settled()
     return page

@@ -1,32 +1,16 @@
 """The explorer of the omitted digit in a real page: every state is compared with what the Python class gives for it."""
 
-import base64
-import io
-
-import numpy as np
 import pytest
-from PIL import Image
 
 from effnlp_lessons.widgets.omitted_digit_explorer import SHIFTS, OmittedDigitExplorer
-
-SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
-TITLED = """alt => document.querySelector('img.explorer-picture').title === alt"""
-PNG_OF_PAGE = """async () => {
-    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
-    const reader = new FileReader();
-    return await new Promise(done => {
-        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 class Page:
     """The explorer on the page: its handle and what it shows. `expected` is put into the state that is awaited."""
 
-    def __init__(self, page) -> None:
-        self.page, self.expected = page, OmittedDigitExplorer()
+    def __init__(self, lab) -> None:
+        page = lab.page
+        self.lab, self.page, self.expected = lab, page, OmittedDigitExplorer()
         self.handle = page.locator(".widget-hslider .noUi-handle")
         self.picture = page.locator("img.explorer-picture")
 
@@ -38,15 +22,7 @@ class Page:
         """Line, title and pixels, in the file and on the screen, are those of this state."""
         for name, value in choices.items():
             self.expected.controls[name].value = value
-        line = self.expected.summary(self.expected.state)
-        self.page.wait_for_function(SETTLED, arg=line, timeout=10_000)
-        self.page.wait_for_function(TITLED, arg=self.expected.alt, timeout=10_000)
-        of_class = pixels(bytes(self.expected.image.value))
-        assert np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)
-        self.page.mouse.move(5, 5)
-        on_screen = pixels(self.picture.screenshot())
-        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
-        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+        self.lab.assert_shows(self.expected, "title")
 
     def tab_to(self, button: str, key: str = "Tab") -> None:
         for _ in range(16):
@@ -72,7 +48,7 @@ def opened(lab):
 @pytest.fixture
 def explorer(opened, quiet) -> Page:
     opened.run_all()  # a fresh explorer, without a shift
-    page = Page(opened.page)
+    page = Page(opened)
     page.picture.wait_for()
     page.assert_shows()
     return page

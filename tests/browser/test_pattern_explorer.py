@@ -1,12 +1,9 @@
 """The explorer of patterns in a real page: what is on the screen is what the class gives after the same moves."""
 
-import base64
-import io
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from effnlp_lessons.attention.gallery import PATTERNS
 from effnlp_lessons.widgets.pattern_explorer import PAINTED, PatternExplorer
@@ -14,23 +11,14 @@ from effnlp_lessons.widgets.pattern_picture import LEFT, TOP, cell_pixels
 
 LENGTH = 43  # tokens of the default text
 CELL = cell_pixels(LENGTH)
-SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
-PNG_OF_PAGE = """async () => {
-    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
-    const reader = new FileReader();
-    return await new Promise(done => {
-        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 class Page:
     """The explorer on the page, and a twin in this process that the same is done to."""
 
-    def __init__(self, page) -> None:
-        self.page, self.twin = page, PatternExplorer()
+    def __init__(self, lab) -> None:
+        page = lab.page
+        self.lab, self.page, self.twin = lab, page, PatternExplorer()
         self.picture, self.pad = page.locator("img.explorer-picture"), page.locator(".painted-pad")
 
     def set(self, **values) -> None:
@@ -50,18 +38,7 @@ class Page:
     def assert_shows_twin(self) -> None:
         """Line, alt text and pixels, in the file and on the screen, are those of the twin."""
         twin = self.twin
-        self.page.wait_for_function(SETTLED, arg=twin.summary(twin.state), timeout=10_000)
-        self.page.wait_for_function(
-            "alt => document.querySelector('img.explorer-picture').alt === alt", arg=twin.alt, timeout=5_000
-        )
-        of_class = pixels(twin.image.value)
-        assert np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)
-        self.page.evaluate("() => document.activeElement.blur()")  # the frame that shows the focus is not ours
-        self.page.mouse.move(5, 5)
-        self.page.wait_for_function("() => document.querySelector('img.explorer-picture').complete")
-        on_screen = pixels(self.picture.screenshot())
-        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
-        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+        on_screen = self.lab.assert_shows(twin)
         # and from the screen the mask can be read, cell by cell
         side = CELL * LENGTH
         middle = on_screen[TOP : TOP + side, LEFT : LEFT + side][CELL // 2 :: CELL, CELL // 2 :: CELL].astype(int)
@@ -100,9 +77,9 @@ def opened(lab):
 @pytest.fixture
 def explorer(opened, quiet) -> Page:
     opened.run_all()  # a fresh one
-    page = Page(opened.page)
+    page = Page(opened)
     page.picture.wait_for()
-    page.page.wait_for_function(SETTLED, arg=page.twin.summary(page.twin.state))
+    opened.settled(page.twin)
     return page
 
 
@@ -264,7 +241,7 @@ def test_in_a_narrow_window_the_pointer_still_meets_its_cell(explorer):
         assert box["height"] / box["width"] == pytest.approx(550 / 900, rel=0.01)
         explorer.stroke((2, 3), (30, 3), (30, 41))
         twin = explorer.twin
-        page.wait_for_function(SETTLED, arg=twin.summary(twin.state), timeout=10_000)
+        explorer.lab.settled(twin)
         assert twin.state["pairs"] == 29 + 38
     finally:
         page.set_viewport_size({"width": 1_400, "height": 900})

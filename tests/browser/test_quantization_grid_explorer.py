@@ -1,13 +1,7 @@
 """The explorer of grids in a real page: what is on the screen is what the class gives after the same moves."""
 
-import base64
-import io
-import time
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from effnlp_lessons.widgets.quantization_grid_explorer import QuantizationGridExplorer
 from effnlp_lessons.widgets.quantization_grid_picture import AREA, pixel_of
@@ -18,12 +12,6 @@ MAKE_MATRICES = (
     "draw = lambda rows, columns, seed: torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / 10",
     "matrices = {'first': draw(16, 256, 0), 'second': draw(8, 384, 1) ** 3}",
 )
-SETTLED = """words => document.querySelector('.explorer-line .widget-html-content').textContent === words"""
-PNG_OF_PAGE = """async () => {
-    const picture = await (await fetch(document.querySelector('img.explorer-picture').src)).blob();
-    const reader = new FileReader();
-    return await new Promise(done => {
-        reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(picture) }) }"""
 HEIGHT = 100  # of the moved weight, in the picture
 
 
@@ -33,15 +21,12 @@ def made_up() -> dict[str, torch.Tensor]:
     return names["matrices"]
 
 
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-
 class Page:
     """The explorer on the page, and a twin in this process that the same is done to."""
 
-    def __init__(self, page) -> None:
-        self.page, self.twin = page, QuantizationGridExplorer(made_up())
+    def __init__(self, lab) -> None:
+        page = lab.page
+        self.lab, self.page, self.twin = lab, page, QuantizationGridExplorer(made_up())
         self.picture, self.pad = page.locator("img.explorer-picture"), page.locator(".painted-pad")
 
     def row(self, name: str):
@@ -54,15 +39,12 @@ class Page:
         self.row(row).get_by_role("button", name=words, exact=True).click()
 
     def settled(self) -> None:
-        self.page.wait_for_function(SETTLED, arg=self.twin.summary(self.twin.state), timeout=10_000)
+        self.lab.settled(self.twin)
 
     def assert_shows_twin(self) -> None:
         """Line, alt text, controls and pixels, in the file and on the screen, are those of the twin."""
         twin = self.twin
         self.settled()
-        self.page.wait_for_function(
-            "alt => document.querySelector('img.explorer-picture').alt === alt", arg=twin.alt, timeout=5_000
-        )
         values = twin.values
         self.page.wait_for_function(
             """words => JSON.stringify([...document.querySelectorAll('.widget-toggle-buttons button.mod-active')]
@@ -74,20 +56,7 @@ class Page:
                 .map(node => node.innerText.trim().replace('\u2212', '-'))) === JSON.stringify(words)""",
             arg=[str(values["bits"]), str(values["share"]), f"{values['outlier']:.1f}"],
         )
-        of_class = pixels(twin.image.value)
-        # words and picture come in messages of their own
-        until = time.monotonic() + 5
-        while not (same := np.array_equal(pixels(base64.b64decode(self.page.evaluate(PNG_OF_PAGE))), of_class)):
-            if time.monotonic() > until:
-                break
-            self.page.wait_for_timeout(100)
-        assert same, "the picture is not that of the class"
-        self.page.evaluate("() => document.activeElement.blur()")  # the frame that shows the focus is not ours
-        self.page.mouse.move(5, 5)
-        self.page.wait_for_function("() => document.querySelector('img.explorer-picture').complete")
-        on_screen = pixels(self.picture.screenshot())
-        assert on_screen.shape == of_class.shape, "the picture is not shown at its own size"
-        assert np.abs(on_screen.astype(int) - of_class).max() <= 2
+        self.lab.assert_shows(twin)
 
     def in_window(self, x: float, y: float) -> tuple[float, float]:
         """A place of the picture in the window."""
@@ -124,7 +93,7 @@ def opened(lab):
 @pytest.fixture
 def explorer(opened, quiet) -> Page:
     opened.run_all()  # a fresh one
-    page = Page(opened.page)
+    page = Page(opened)
     page.picture.wait_for()
     page.settled()
     return page

@@ -1,4 +1,6 @@
 import io
+import statistics
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -26,3 +28,27 @@ def drawn_anew() -> Callable:
         return pixels
 
     return draw
+
+
+@pytest.fixture
+def assert_fast() -> Callable:
+    """Median processor time of `events` events, act(0), act(1), ..., is under 50 ms.
+
+    The best of three rounds decides, so that a busy machine does not.
+    """
+
+    def check(name: str, act: Callable[[int], object], events: int = 8) -> None:
+        medians = []
+        for _ in range(3):
+            seconds = []
+            for turn in range(events):
+                start = time.thread_time()
+                act(turn)
+                seconds.append(time.thread_time() - start)
+            medians.append(statistics.median(seconds))
+            if medians[-1] < 0.050:
+                break
+        print(f"{name}: " + ", ".join(f"{1e3 * median:.1f} ms" for median in medians))
+        assert min(medians) < 0.050, name
+
+    return check
