@@ -262,8 +262,8 @@ print("Laplace:  alpha / b  ", "  ".join(f"{laplace_clipping(k):.2f}" for k in b
 print("Gaussian: alpha / std", "  ".join(f"{gaussian_clipping(k):.2f}" for k in bits))
 
 # %% [markdown]
-# The row above is close to a Gaussian: that rule comes near the least error, and Laplace, which expects a longer tail,
-# clips nothing. What does it do to the answers? The record, 4 and 3 bits:
+# For this row the Gaussian rule comes near the least error; Laplace's, which expects a longer tail, clips nothing. What
+# does a rule do to the answers? The record, 4 and 3 bits:
 
 # %% tags=["reveal"]
 if reveal("quantization.granularity") is not None:
@@ -577,8 +577,8 @@ print(f"the weight of 175 standard deviations writes to channel {int(worst.abs()
 # bits.
 #
 # And the time: two thirds go to what is not a product. Each change of scale is several passes of plain torch over the
-# numbers; a kernel would do it on the way out of the product. Users of the released code met the same: integers, and no
-# speed.
+# numbers; a kernel would do it on the way out of the product. Section 9 shows what is left of the speed. (Users of the
+# released code, which holds its integers in float tensors, report that it is slower than float32: transformers #11312.)
 
 # %% [markdown]
 # ## 8. Does it get faster?
@@ -621,8 +621,9 @@ if (guess := reveal("quantization.integer_speed")) is not None:
 #
 # ## 9. The yardstick
 #
-# One review of 27 tokens, this machine. *Weights only* turns codes back into floats in each pass. *int8 layers* are the
-# linear layers of section 8. *Integers* is section 7. The file sizes are those of packed files.
+# One review of 27 tokens, this machine. *4 bits* has packed weights, in the token table too, and turns them back into
+# floats in each pass. *int8 layers* are the linear layers of section 8, one byte a weight, with the table in float32.
+# *Integers* is section 7.
 
 # %%
 from dataclasses import replace
@@ -639,11 +640,11 @@ costs["4 bits, weights only"] = replace(costs["4 bits, weights only"], bytes_on_
 print(table(costs))
 
 # %% [markdown]
-# The weights-only model is slower than float32, as said: it saves bytes. Integers alone are not the fastest here
-# either: softmax, GELU and norms are many small steps in plain torch. On a chip without float units this is the only
+# The 4-bit model saves bytes and costs time. Integers alone are about as fast as float32, and not the fastest: softmax,
+# GELU, norms and changes of scale are many small steps in plain torch. On a chip without float units there is no other
 # way; on this CPU the int8 layers are the better bargain.
 #
-# Your own plot: the recorded accuracies join it.
+# Your own plot: two of these models join it, measured on 200 dev reviews.
 
 # %% tags=["reveal"]
 if reveal("quantization.granularity") is not None:
@@ -696,7 +697,7 @@ if reveal("quantization.granularity") is not None:
 #
 # * **Steps and levels.** $2^k$ levels have $2^k - 1$ steps between them.
 # * **A range without 0.** Then no code is exactly zero, and padding is not nothing any more.
-# * **Clip, then round.** Clamp the *code*, after the zero point was added. Else the ends are off by one.
+# * **Clip, then add.** Clamp the *code*, after the zero point was added. Clamped before, the whole range is shifted by $Z$.
 # * **The wrong axis.** A weight is (out, in): "per channel" means a scale for each *row*.
 # * **Half up, half even, half away.** Three rules, all in use. Bit for bit means: the same one.
 # * **Fake for real.** Floats that lie on a grid take 32 bits, and are multiplied as floats.

@@ -143,10 +143,15 @@ show_source(FakeQuantizedLinear.forward)
 # the encoder are fake-quantized; the embeddings, the pooler and the head stay as they are.
 
 # %% tags=["reveal"]
+from effnlp_lessons.pretrained import load_minilm, load_teacher
+from effnlp_lessons.quantization.post_training import quantize_linears, quantized_layers
 from effnlp_lessons.studies import qat_by_bits
 from effnlp_lessons.studies.runner import load_results
 
 if (guess := reveal("low_bit.qat")) is not None:
+    rounded = quantized_layers(quantize_linears(load_teacher(), 2, "row")).values()
+    zeros = sum((layer.codes == 0).sum() for layer in rounded) / sum(layer.codes.numel() for layer in rounded)
+    print(f"2 bits, from smallest to largest weight of a row: {100 * zeros:.0f} % of the weights become 0")
     for epochs in (0, 1):
         found = qat_by_bits.run(qat_by_bits.LIVE | {"epochs": epochs}, seed=0).numbers["right"]["2"]
         print(f"2 bits, {8 * epochs} steps of training: {found:.0f} % of 300 test reviews right")
@@ -180,11 +185,11 @@ if (guess := reveal("low_bit.qat")) is not None:
 #
 # At 4 bits nothing needs to be trained. At 3 bits training through the grid brings back most of what rounding took. At
 # 2 bits it adds more than twenty points, and yet it is not the best way. The grid from smallest to largest weight has
-# three levels there, and nearly all weights sit at 0. A model trained in *floats* and then rounded with a **clipped**
-# range does as well. LSQ's grid has four levels, and its step comes from the mean of $|w|$, not from the largest
-# weight: *untrained* it is already better. Trained through that grid, the model comes within four points of float32.
-# And *learning* the step? Kept as it began, it does as well, within the seeds. So at 2 bits the range counts first,
-# training through it second, and that the step itself moves cannot be told from nothing here.
+# three levels there, and most weights sit at 0. A model trained in *floats*, at the larger rate, and then rounded with
+# a **clipped** range does as well. LSQ's grid has four levels, and its step comes from the mean of $|w|$, not from the
+# largest weight: *untrained* it is already as good. Trained through that grid, the model comes to about four points
+# below float32. And *learning* the step? Kept as it began, it does as well, within the seeds. So at 2 bits the range
+# counts first, training through it second, and that the step itself moves cannot be told from nothing here.
 # </details>
 
 # %% [markdown]
@@ -331,7 +336,6 @@ print(f"Lanczos:         {ends[0]:.3f} and {ends[-1]:.3f}")
 # layers):
 
 # %%
-from effnlp_lessons.pretrained import load_minilm, load_teacher
 from effnlp_lessons.quantization.qbert import layer_sensitivities, papers_size
 from effnlp_lessons.studies.bit_budget import hessian_subsets
 
@@ -510,7 +514,6 @@ from pathlib import Path
 
 from effnlp_lessons.measure import bytes_on_disk, count_macs
 from effnlp_lessons.quantization.packing import save_quantized
-from effnlp_lessons.quantization.post_training import quantize_linears
 from effnlp_lessons.widgets.own_models import TOKENS, keep_model, show_kept_models
 
 file = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -542,10 +545,10 @@ if reveal("low_bit.rank") is not None:
 # | straight-through border | papers: the real number; torch: the rounded one | the real number |
 # | LSQ: step sizes | one for a layer, SGD | one for a row in the study, AdamW |
 # | Q-BERT: training | fine-tunes with quantized weights, percentile ranges | the twenty choices are measured without training |
-# | Q-BERT: groups | 128 groups of rows | groups of 64 inputs in the study: of row groups, 2 bits leave little of so small a model |
+# | Q-BERT: groups | 128 groups of rows | groups of 64 inputs in the study, finer; `quantize_groups` has the paper's |
 # | Q-BERT: code | none was released | the spread is that of the population; top means largest in absolute value |
 # | LAT: curvature | Adam's second moment | the same average, kept by each module |
-# | TernaryBERT: activations | paper: asymmetric min-max; code: symmetric in linear layers; clipped at $\pm 2.5$ | asymmetric; not clipped in the study, since MiniLM's reach 30 |
+# | TernaryBERT: activations | paper: asymmetric min-max; code: symmetric in linear layers; clipped at $\pm 2.5$ | asymmetric; not clipped in the study: section 6 shows what the clip costs before any weight is ternary |
 # | TernaryBERT: data | GLUE, augmented by default | 2,000 reviews |
 #
 # Printed by Zhang et al. for MNLI: BERT-base 84.5 and 84.9; TWN with 2-bit weights and 8-bit activations 83.3 and 83.3,
