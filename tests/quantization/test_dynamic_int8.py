@@ -65,6 +65,7 @@ def test_shapes_and_layouts():
     assert layer(x[:0].view(2, 0, 9)).shape == (2, 0, 5)
     assert not layer(x.requires_grad_()).requires_grad
     column, z = linear_and_input(4, 1, 6)
+    # the rescaling is in float32, the reference in float64
     torch.testing.assert_close(DynamicInt8Linear(column)(z).double(), reference(column, z), rtol=1e-5, atol=1e-4)
 
 

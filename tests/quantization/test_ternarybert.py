@@ -170,6 +170,7 @@ def test_quantized_attention_by_hand():
     y, state, got = coarse(x, mask, None, return_scores=True)
     # the same numbers by the same operations, but for the mask
     torch.testing.assert_close(got, scores)
+    # their sums are taken in another order, in float32
     torch.testing.assert_close(y, F.linear(fake(mixed), dense.output.weight, dense.output.bias), atol=1e-5, rtol=1e-4)
     assert state is None
     nothing = coarse(x, torch.zeros_like(mask))[0]

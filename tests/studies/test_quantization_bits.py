@@ -112,6 +112,7 @@ def test_a_small_run(teacher):
     assert full["lost"] == full["won"] == 0 and full["bytes"] == bytes_on_disk(teacher)
     assert full["signal to noise"] is None and coarse["signal to noise"] < fine["signal to noise"] - 20
     weights = 6 * (4 * 384**2 + 2 * 384 * 1536)
+    # scales and the head of the file are the rest
     assert full["bytes"] - coarse["bytes"] == pytest.approx(weights * (4 - 2 / 8), rel=0.001)
     assert coarse["lost"] >= 5  # two bits for a whole tensor: chance
 

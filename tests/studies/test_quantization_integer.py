@@ -105,5 +105,5 @@ def test_what_the_lecture_says_of_integers_holds_on_every_seed():
         for part in ("softmax", "GELU"):
             assert abs(variants[f"int8 before {part}"]["accuracy"] - variants["as it is"]["accuracy"]) < 3
         assert variants["clipped at 0.999"]["logit_error"] > 1.3 * variants["as it is"]["logit_error"]
-        assert sum(run["time"].values()) == pytest.approx(1, abs=0.01)
+        assert sum(run["time"].values()) == pytest.approx(1, abs=0.01)  # seven shares of three digits
         assert run["time"]["changes of scale"] > run["time"]["products with weights"]
