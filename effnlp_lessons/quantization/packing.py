@@ -22,12 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effnlp_lessons.quantization.post_training import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    quantized_layers,
-    with_layers,
-)
+from effnlp_lessons.layers import with_layers
+from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear, quantized_layers
 from effnlp_lessons.quantization.quantizers import QuantizedMatrix, block_of, check_bits
 from effnlp_lessons.training import write_atomically
 

@@ -7,14 +7,10 @@ Every chosen nn.Linear keeps its weight as codes and grids (`quantizers.Quantize
 so weights cost k bits (`packing` writes them so), and activations and arithmetic stay real ("weight-only"; integer
 arithmetic is `integer_only`). Tables of embeddings can be quantized too, each row when it is looked up. Everything
 else, biases, norms, by default the pooler and the head, stays as it is: few numbers, and the head decides.
-
-The name of a layer is its dotted path: "encoder.blocks.3.token_mixer.query" belongs to block 3.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -22,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from effnlp_lessons.layers import block_linears, block_of_name, with_layers
 from effnlp_lessons.quantization.quantizers import (
     Granularity,
     QuantizedMatrix,
@@ -91,18 +88,6 @@ class QuantizedEmbedding(_Quantized):
 
 
 # -------------------------------------------------------------------------------------- which, and how fine
-
-
-def block_of_name(name: str) -> int | None:
-    """The index of the block that a layer belongs to: 3 for "encoder.blocks.3.channel_mixer.expand", else None."""
-    found = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
-    return None if found is None else int(found[1])
-
-
-def block_linears(model: nn.Module) -> tuple[str, ...]:
-    """Names of the linear layers in the blocks of a Transformer: 6 a block, 36 in MiniLM-L6; no pooler, no head."""
-    modules = model.named_modules()
-    return tuple(n for n, module in modules if isinstance(module, nn.Linear) and block_of_name(n) is not None)
 
 
 def bits_of(name: str, bits: Bits) -> int:
@@ -189,12 +174,6 @@ def quantize_embeddings(
         for name, table in tables.items()
     }
     return with_layers(model, layers)
-
-
-def with_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
-    """A copy of `model` with `layers` in the places of their names, each in the mode of what it replaces."""
-    places = {id(model.get_submodule(name)): layers[name].train(model.get_submodule(name).training) for name in layers}
-    return copy.deepcopy(model, places)  # where it meets a replaced module, deepcopy takes the new one for its copy
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedEmbedding]:

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effnlp_lessons.datasets import sources
+from effnlp_lessons.layers import with_layers
 from effnlp_lessons.pretrained import rename_bert_state
-from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear, with_layers
+from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear
 from effnlp_lessons.quantization.quantizers import QuantizedMatrix
 from effnlp_lessons.transformer import MINILM_L6, Encoder
 

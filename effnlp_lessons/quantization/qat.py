@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.quantization.integer_only import ACTIVATIONS
-from effnlp_lessons.quantization.post_training import Bits, QuantizedLinear, bits_of, block_linears
+from effnlp_lessons.quantization.post_training import Bits, QuantizedLinear, bits_of
 from effnlp_lessons.quantization.quantizers import (
     Granularity,
     LinearQuantizer,

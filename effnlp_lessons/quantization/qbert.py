@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.measure import transformer_parameters
 from effnlp_lessons.quantization.hessian import Hessian, power_iteration
 from effnlp_lessons.quantization.packing import packed_bytes
-from effnlp_lessons.quantization.post_training import block_linears, quantize_embeddings, quantize_linears
+from effnlp_lessons.quantization.post_training import quantize_embeddings, quantize_linears
 from effnlp_lessons.quantization.quantizers import Granularity, RangeRule, block_of, check_bits, min_max
 from effnlp_lessons.transformer import TransformerConfig
 

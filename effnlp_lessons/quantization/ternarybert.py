@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from effnlp_lessons.dense_attention import attention_scores, check_key_padding_mask, masked_softmax
 from effnlp_lessons.distillation.tinybert import LAYER_LOSSES, Apprentice, LayerLosses, stage_loss
 from effnlp_lessons.heads import SentenceClassifier
+from effnlp_lessons.layers import with_layers
 from effnlp_lessons.measure import transformer_parameters
-from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear, with_layers
+from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear
 from effnlp_lessons.quantization.quantizers import QuantizedMatrix, affine_quantizer
 from effnlp_lessons.quantization.ternary import METHODS, Method, ternarize_matrix
 from effnlp_lessons.transformer import FeedForward, SelfAttention, TransformerConfig

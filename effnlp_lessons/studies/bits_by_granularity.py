@@ -21,16 +21,12 @@ from torch import nn
 
 from effnlp_lessons.classification import ReviewExamples, logits_of
 from effnlp_lessons.datasets import reviews
+from effnlp_lessons.layers import block_linears, with_layers
 from effnlp_lessons.measure import bytes_on_disk
 from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.quantization.nonuniform import lloyd_max, nearest_level, power_of_two_levels, quantile_levels
 from effnlp_lessons.quantization.packing import quantized_bytes_on_disk
-from effnlp_lessons.quantization.post_training import (
-    block_linears,
-    quantize_embeddings,
-    quantize_linears,
-    with_layers,
-)
+from effnlp_lessons.quantization.post_training import quantize_embeddings, quantize_linears
 from effnlp_lessons.quantization.quantizers import RangeRule, min_max
 from effnlp_lessons.quantization.ranges import aciq_gaussian, aciq_laplace, mean_squared_error, percentile
 from effnlp_lessons.studies.runner import Outcome, Run, Study, load_results

@@ -302,8 +302,8 @@ predict("quantization.file", my_guess)
 # %% tags=["reveal"]
 from copy import deepcopy
 
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.measure import bytes_on_disk
-from effnlp_lessons.quantization.post_training import block_linears
 
 if (guess := reveal("quantization.file")) is not None:
     fake = deepcopy(teacher)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.quantization.lsq import LsqLinear, initial_step, lsq_quantize, lsq_range, prepare_lsq
-from effnlp_lessons.quantization.post_training import block_linears
 from effnlp_lessons.quantization.qat import convert_weights
 from effnlp_lessons.training import TrainingPlan, train
 from effnlp_lessons.transformer import Encoder, TransformerConfig

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from effnlp_lessons.heads import SentenceClassifier
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.measure import bytes_on_disk
 from effnlp_lessons.quantization import packing
 from effnlp_lessons.quantization.packing import (
@@ -22,12 +23,7 @@ from effnlp_lessons.quantization.packing import (
     unpack_codes,
     unpack_trits,
 )
-from effnlp_lessons.quantization.post_training import (
-    block_linears,
-    quantize_embeddings,
-    quantize_linears,
-    quantized_layers,
-)
+from effnlp_lessons.quantization.post_training import quantize_embeddings, quantize_linears, quantized_layers
 from effnlp_lessons.transformer import Encoder, TransformerConfig
 
 CONFIG = TransformerConfig(vocab_size=40, max_length=16, d_model=24, layers=2, heads=4, d_ff=36)

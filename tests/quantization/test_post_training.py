@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from effnlp_lessons.heads import MaskedLanguageModel, SentenceClassifier
+from effnlp_lessons.layers import block_linears, block_of_name
 from effnlp_lessons.measure import count_macs, transformer_macs
 from effnlp_lessons.quantization.post_training import (
     QuantizedEmbedding,
     QuantizedLinear,
-    block_linears,
-    block_of_name,
     quantize_embeddings,
     quantize_linears,
     quantized_layers,

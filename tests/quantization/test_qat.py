@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnlp_lessons.heads import SentenceClassifier
-from effnlp_lessons.quantization.post_training import (
-    block_linears,
-    quantize_linears,
-    quantized_layers,
-)
+from effnlp_lessons.layers import block_linears
+from effnlp_lessons.quantization.post_training import quantize_linears, quantized_layers
 from effnlp_lessons.quantization.qat import (
     FakeQuantizedActivation,
     FakeQuantizedLinear,

@@ -13,10 +13,11 @@ from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
 from effnlp_lessons.heads import SentenceClassifier
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.measure import count_parameters
 from effnlp_lessons.quantization.hessian import flatten, unflatten
 from effnlp_lessons.quantization.packing import save_quantized
-from effnlp_lessons.quantization.post_training import block_linears, quantize_linears, quantized_layers
+from effnlp_lessons.quantization.post_training import quantize_linears, quantized_layers
 from effnlp_lessons.quantization.qbert import (
     allocate_bits,
     block_bytes,

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from effnlp_lessons.classification import accuracy
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.measure import bytes_on_disk
 from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.quantization.nonuniform import lloyd_max, nearest_level
 from effnlp_lessons.quantization.packing import quantized_bytes_on_disk
 from effnlp_lessons.quantization.post_training import (
-    block_linears,
     quantize_embeddings,
     quantize_linears,
     quantized_layers,

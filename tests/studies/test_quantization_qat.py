@@ -5,9 +5,10 @@ import torch
 
 from effnlp_lessons.classification import ReviewExamples, accuracy
 from effnlp_lessons.datasets import reviews
+from effnlp_lessons.layers import block_linears
 from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.quantization.lsq import LsqLinear
-from effnlp_lessons.quantization.post_training import block_linears, quantize_linears
+from effnlp_lessons.quantization.post_training import quantize_linears
 from effnlp_lessons.quantization.qat import FakeQuantizedLinear
 from effnlp_lessons.studies import qat_by_bits
 from effnlp_lessons.studies.runner import load_results

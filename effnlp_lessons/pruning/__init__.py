@@ -1,0 +1,1 @@
+"""Pruning: fewer weights, heads, neurons or layers; one paper, one module."""
