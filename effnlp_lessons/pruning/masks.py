@@ -93,8 +93,13 @@ def keep_top(
     there = scores[mask]
     if not torch.isfinite(there).all():
         raise ValueError("scores must be finite: NaN and infinity have no place in an order")
+    count = round(rate * there.numel())
     kept = torch.ones_like(there, dtype=torch.bool)
-    kept[there.argsort(stable=True)[: round(rate * there.numel())]] = False
+    if count:
+        threshold = there.kthvalue(count).values  # the largest of those that go; no order of all is needed
+        kept = there > threshold
+        equal = (there == threshold).nonzero().flatten()
+        kept[equal[len(equal) - (there.numel() - count - int(kept.sum())) :]] = True
     new = mask.clone()
     new[mask] = kept
     return new
