@@ -13,6 +13,9 @@ MODULES = {
     "pretraining": "pretraining",
     "quantization": "quantization",
     "low_bit": "low_bit",
+    "second_order": "second_order",
+    "tickets": "tickets",
+    "movement": "movement",
 }
 
 
