@@ -19,38 +19,39 @@ m - n lowest of every m neighbours in a row, when it reaches these m.
 NOTE the sweep is not OBS: what stands to the left stays as it is, so the error is above that of `refit`, the best
 values for the mask. It pays with error for time.
 NOTE sparsity is equal in every block of columns. One block as wide as the matrix chooses freely, but before any update.
-NOTE the authors' code removes one weight more than asked in a block; here it is round(rate n). Their inputs are those
-of one Transformer block before any of it is pruned; here every layer sees what the pruned layers before it give.
+NOTE the authors' code removes one weight more than asked in a block; here of the columns up to the end of each block
+exactly round(rate n) are gone. Their inputs are those of one Transformer block before any of it is pruned; here every
+layer sees what the pruned layers before it give.
 NOTE the error of each layer counts every token alike. The classifier reads the first token only.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnlp_lessons.datasets import tokenizer
+from effnlp_lessons.pruning.layer_inputs import (
+    Batch,
+    block_list,
+    calls_inside,
+    calls_of,
+    first_output,
+    gather,
+    input_groups,
+)
 from effnlp_lessons.pruning.masks import Masks, keep_top, n_of_m, prunable
 
 Rate = float | tuple[int, int]  # the share to remove, or (n, m): n of m neighbours stay
-Batch = tuple[Tensor, ...]  # the arguments of a model; the second, if there is one, is True at the real tokens
-Call = tuple[tuple, dict[str, Any], Tensor | None]  # arguments of a module, and which tokens are real
 
 DAMPING = 0.01
 
 
 # ------------------------------------------------------------------------------------------------- one matrix
-
-
-def inputs_hessian(inputs: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_in d_in"]:
-    """H = 2 X Xᵀ of |w X|², the same for every row w; float64. Here a token is a row: 2 inputsᵀ inputs."""
-    return 2 * (inputs.T @ inputs).double()
 
 
 def damped(hessian: Float[Tensor, "d_in d_in"], damping: float = DAMPING) -> Float[Tensor, "d_in d_in"]:
@@ -99,22 +100,26 @@ def sweep(
 ) -> tuple[Float[Tensor, "d_out d_in"], Bool[Tensor, "d_out d_in"]]:
     """SparseGPT's column sweep: the pruned weight with what was left adjusted, and its mask (True = kept).
 
-    Every `block` columns lose round(rate d_out block) weights; with rate = (n, m) every m neighbours keep n.
+    The matrix loses round(rate d_out d_in) weights, in equal shares (up to rounding) from every `block` columns; with
+    rate = (n, m) every m neighbours keep n.
 
     Raises:
         ValueError: a rate outside 0 .. 1, n:m that does not fit the rows or the block, a block below 1, H of another
             size than the rows, and as `damped`.
     """
     _check(weight, hessian, rate, block)
-    # columns as rows: the sweep reads and writes one at a time
-    left, factor = weight.detach().T.contiguous(), right_factor(hessian, damping).to(weight.dtype)
+    # a copy with columns as rows: the sweep reads and writes one at a time
+    left = weight.detach().T.clone(memory_format=torch.contiguous_format)
+    factor = right_factor(hessian, damping).to(weight.dtype)
     mask = torch.empty_like(left, dtype=torch.bool)
     for start in range(0, len(left), block):
         inside = slice(start, min(start + block, len(left)))
         now, u = left[inside], factor[inside, inside]  # `now` is a view
         scores = (now / u.diagonal()[:, None]) ** 2
         if not isinstance(rate, tuple):
-            mask[inside] = keep_top(scores.T, rate).T
+            gone = round(rate * weight.shape[0] * start)
+            count = round(rate * weight.shape[0] * inside.stop) - gone
+            mask[inside] = keep_top(scores.T, count / scores.numel()).T
         errors = torch.zeros_like(now)
         for j in range(len(now)):
             if isinstance(rate, tuple) and j % rate[1] == 0:
@@ -223,9 +228,9 @@ def layer_hessians(
         ValueError: no batches, a layer that is not called or called twice, names that are no linear layers.
     """
     layers = _layers(model, names)
-    calls = _calls(batches)
-    groups = _groups(model, calls[0], layers)
-    found = _gather(model, calls, {group[0]: layers[group[0]] for group in groups})
+    calls = calls_of(batches)
+    groups = input_groups(model, calls[0], layers)
+    found = gather(model, calls, {group[0]: layers[group[0]] for group in groups})
     return {name: found[group[0]] for group in groups for name in group}
 
 
@@ -251,131 +256,32 @@ def prune_layerwise(
         ValueError: as `sweep` and `layer_hessians`.
     """
     pruned = copy.deepcopy(model).eval()
-    layers, calls, masks = _layers(pruned, names), _calls(batches), {}
+    layers, calls, masks = _layers(pruned, names), calls_of(batches), {}
     for layer in layers.values():
         _check(layer.weight, None, rate, block)
-    blocks = _block_list(layers)
+    blocks = block_list(layers)
     units: list[nn.Module] = [pruned]
     if blocks is not None:  # run block by block: nothing is computed twice from the start
         units = list(pruned.get_submodule(blocks))
-        calls = _calls_of(pruned, calls, units[0])
+        calls = calls_inside(pruned, calls, units[0])
     for unit in units:
         inside = {id(part) for part in unit.modules()}
         mine = {name: layer for name, layer in layers.items() if id(layer) in inside}
-        for group in _groups(unit, calls[0], mine) if mine else ():
-            hessian = _gather(unit, calls, {group[0]: mine[group[0]]}, only=True)[group[0]]
+        for group in input_groups(unit, calls[0], mine) if mine else ():
+            hessian = gather(unit, calls, {group[0]: mine[group[0]]}, only=True)[group[0]]
             for name in group:
                 weight, masks[name] = sweep(mine[name].weight, hessian, rate, block, damping)
                 with torch.no_grad():
                     mine[name].weight.copy_(weight)
         if unit is not units[-1]:
             with torch.no_grad():
-                calls = [((_first(unit(*args, **named)), *args[1:]), named, real) for args, named, real in calls]
+                calls = [((first_output(unit(*args, **named)), *args[1:]), named, real) for args, named, real in calls]
     return pruned, {name: masks[name] for name in layers}
-
-
-# ---------------------------------------------------------------------------------------------- inputs, by hooks
-
-
-class _Reached(Exception):  # noqa: N818
-    """Raised by a hook: what comes after this layer need not be computed."""
-
-
-def _run(module: nn.Module, call: Call) -> None:
-    try:
-        with torch.no_grad():
-            module(*call[0], **call[1])
-    except _Reached:
-        pass
-
-
-def _gather(module: nn.Module, calls: list[Call], layers: dict[str, nn.Module], only: bool = False) -> dict[str, Tensor]:
-    """H of the inputs of some layers; `only`: there is one layer, stop when it is reached."""
-    found: dict[str, Tensor] = {}
-    real: Tensor | None = None  # of the call that is running
-
-    def hook(name: str):
-        def add(_: nn.Module, args: tuple) -> None:
-            x = args[0]
-            x = x[real] if real is not None and x.shape[:-1] == real.shape else x.flatten(0, -2)
-            found[name] = found.get(name, 0) + inputs_hessian(x)
-            if only:
-                raise _Reached
-
-        return add
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        for call in calls:
-            real = call[2]
-            _run(module, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _groups(module: nn.Module, call: Call, layers: dict[str, nn.Module]) -> list[list[str]]:
-    """Names of layers in the order in which they are called; those that are given the same tensor together."""
-    seen: list[tuple[str, Tensor]] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
-        for name, layer in layers.items()
-    ]
-    try:
-        _run(module, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = [name for name, _ in seen]
-    if sorted(called) != sorted(layers):
-        wrong = sorted(name for name in layers if called.count(name) != 1)
-        raise ValueError(f"every layer must be called once, not so: {', '.join(wrong)}")
-    groups: list[tuple[Tensor, list[str]]] = []
-    for name, x in seen:
-        if groups and groups[-1][0] is x:
-            groups[-1][1].append(name)
-        else:
-            groups.append((x, [name]))
-    return [names for _, names in groups]
-
-
-def _calls_of(model: nn.Module, calls: list[Call], inner: nn.Module) -> list[Call]:
-    """The calls of a module inside the model, for calls of the model."""
-    found: list[tuple[tuple, dict[str, Any]]] = []
-
-    def keep(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
-        found.append((args, named))
-        raise _Reached
-
-    handle = inner.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for call in calls:
-            _run(model, call)
-    finally:
-        handle.remove()
-    return [(*arguments, real) for arguments, (_, _, real) in zip(found, calls, strict=True)]
-
-
-def _calls(batches: Sequence[Batch]) -> list[Call]:
-    if not batches:
-        raise ValueError("batches must hold at least one batch, got none")
-    return [(tuple(batch), {}, batch[1] if len(batch) > 1 else None) for batch in batches]
 
 
 def _layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Module]:
     """{parameter name: its layer}."""
     return {name: model.get_submodule(name.rpartition(".")[0]) for name in prunable(model, names)}
-
-
-def _block_list(names: Iterable[str]) -> str | None:
-    """The name of the list of blocks in which all of the layers lie: "encoder.blocks", or None."""
-    lists = {found and found[1] for found in (re.match(r"((?:.*?\.)?blocks)\.\d+\.", name) for name in names)}
-    return lists.pop() if len(lists) == 1 else None
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _check(weight: Tensor, hessian: Tensor | None, rate: Rate, block: int) -> None:

@@ -139,10 +139,14 @@ def _mask_of(packed: dict[str, Tensor], shape: tuple[int, int], form: str) -> Te
         bits = unpack_bits(packed["places"], rows * columns).view(-1, 2)  # n m / 2 places of two bits
         place = (bits.long() << torch.arange(2)).sum(1).view(-1, 2)
         return mask.view(-1, 4).scatter_(1, place, True).view(shape)
-    counts = packed["starts"].long().diff()
-    if len(counts) != rows:
-        raise ValueError(f"{len(counts)} rows")
-    mask[torch.arange(rows).repeat_interleave(counts), packed["columns"].long()] = True
+    starts, places = packed["starts"].long(), packed["columns"].long()
+    if len(starts) != rows + 1 or starts[0] != 0 or starts[-1] != len(places):
+        raise ValueError(f"{len(starts) - 1} rows that do not begin at 0 and end at {len(places)}")
+    row = torch.arange(rows).repeat_interleave(starts.diff())
+    # the values come in the order of the mask: columns must rise within a row
+    if ((places < 0) | (places >= columns)).any() or ((row * columns + places).diff() <= 0).any():
+        raise ValueError(f"columns that are not in 0 .. {columns - 1} or do not rise within a row")
+    mask[row, places] = True
     return mask
 
 
@@ -194,13 +198,20 @@ def load_pruned(model: nn.Module, file: Path | str) -> tuple[nn.Module, Masks]:
         raise ValueError(f"{file.name} is not a readable safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{file.name} was not written by save_pruned: its format is {metadata.get('format')!r}")
+    try:
+        shapes, form = json.loads(metadata["shapes"]), metadata["form"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file.name} is damaged, its metadata do not tell shapes and form: {error}") from None
     masks: Masks = {}
-    for name, shape in json.loads(metadata["shapes"]).items():
+    for name, shape in shapes.items():
         parts = {part: tensors.pop(f"{name}.{part}") for part in _parts_of(tensors, name)}
-        tensors[name], mask = unpack_matrix(parts, tuple(shape), metadata["form"])
+        tensors[name], mask = unpack_matrix(parts, tuple(shape), form)
         if mask is not None:
             masks[name] = mask
     loaded = copy.deepcopy(model)
+    for name, wanted in loaded.state_dict().items():
+        if name in tensors and tensors[name].dtype != wanted.dtype:  # torch would convert it silently
+            raise ValueError(f"{file.name} is of another model: {name!r} is {tensors[name].dtype}, not {wanted.dtype}")
     try:
         loaded.load_state_dict(tensors)
     except RuntimeError as error:

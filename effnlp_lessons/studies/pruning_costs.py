@@ -76,7 +76,7 @@ def through_linear(name: str) -> str:
 class SparseLinear(nn.Module):
     """`linear` with what is not in `mask` left out, in torch's CSR or, with `block`, BSR kernel; for inference.
 
-    y = (W x^T)^T + b, the sparse matrix on the left; indices are int32, as the kernel takes them. With
+    y = (W x^T)^T + b, the sparse matrix on the left; indices are int32; blocks must be square for this kernel. With
     `through_linear` it is `F.linear(x, W, b)`.
     """
 
@@ -181,7 +181,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], runs: int, seed: int, warmu
 
 
 def form_bytes(shapes: list[tuple[int, int]], setting: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of matrices in every form of `forms`, closed forms; zeros in a dense kernel are dense bytes."""
+    """Bytes of the matrices of layers in every form, as closed forms; zeros in a dense kernel are dense bytes."""
     found = {name: dense_bytes(shapes) for name in (DENSE, zeros(0.9))}
     for sparsity in setting["csr"]:
         found[csr(sparsity)] = sum(matrix_bytes("csr", n, m, kept_of(n * m, sparsity)) for n, m in shapes)
@@ -192,7 +192,13 @@ def form_bytes(shapes: list[tuple[int, int]], setting: Mapping[str, Any]) -> dic
         HALF: dense_bytes(shapes) // 2,
         QUARTER: dense_bytes(shapes) // 4,
         INT8: sum(n * m + 4 * n for n, m in shapes),
+        HALF_INT8: sum(n * m + 4 * n for n, m in half_of(shapes)),
     }
+
+
+def half_of(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Shapes of the six matrices of a layer (query, key, value, output, W1, W2) with half of its heads and neurons."""
+    return [(n, m // 2) if place % 6 in (3, 5) else (n // 2, m) for place, (n, m) in enumerate(shapes)]
 
 
 def dense_bytes(shapes: list[tuple[int, int]]) -> int:

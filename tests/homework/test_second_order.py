@@ -323,7 +323,7 @@ def surgery(
 
     def answer(w, hessian, kept):
         left = [i for i in range(len(w)) if kept[i]]
-        h = torch.stack([torch.stack([hessian[i, j] for j in left]) for i in left])
+        h = hessian[left][:, left]
         inverse, some = torch.linalg.inv(h), w[left]
         costs = cost(some, h, inverse)
         q = int(pick(costs))

@@ -135,8 +135,7 @@ def test_a_head_that_does_nothing_has_no_importance_and_a_shrunken_layer_its_own
     assert [len(values) for values in found.heads] == [4, 5, 5] and [len(v) for v in found.neurons] == [14, 14, 12]
 
 
-def test_the_slope_foretells_a_small_step_in_the_teacher():
-    """Sum over sentences of the signed slope is the change of the loss; the size is at least that of the mean."""
+def test_the_importance_of_the_teacher():
     teacher, data = load_teacher(), ReviewExamples(reviews.load_reviews().subset("train"), 8)
     found = importance(teacher, [data.batch(list(range(8)))])
     assert found.layers.shape == (6,) and all(len(v) == 12 for v in found.heads)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -150,12 +151,47 @@ def test_bad_files(tmp_path):
     file.write_bytes(whole)
     tensors = load_file(file)
     tensors["0.weight.columns"] += 100
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(tensors, file, metadata)
     with pytest.raises(ValueError, match=r"do not make a csr matrix of \(16, 12\)"):
+        load_pruned(model, file)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("starts", lambda t: t + 1, "do not begin at 0"),
+        ("starts", lambda t: t[:-1], "15 rows"),
+        ("starts", lambda t: torch.cat([t[:1], t[-1:], t[1:-1]]), "do not begin at 0 and end at"),
+        ("columns", lambda t: t - 12, r"not in 0 .. 11"),
+        ("columns", lambda t: torch.cat([t[:2].flip(0), t[2:]]), "do not rise within a row"),
+        ("columns", lambda t: torch.cat([t[:1], t[:1], t[2:]]), "do not rise within a row"),
+        ("values", lambda t: t[1:], "values for"),
+        ("values", lambda t: None, "'values'"),
+        ("values", lambda t: t.double(), "is torch.float64, not torch.float32"),
+    ],
+)
+def test_damaged_parts_of_csr(part, change, message, tmp_path):
+    model, file = a_model(), tmp_path / "model.safetensors"
+    save_pruned(model, local_masks(magnitudes(model), 0.5), file, "csr")
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    new = change(tensors.pop(f"0.weight.{part}"))
+    save_file(tensors if new is None else tensors | {f"0.weight.{part}": new}, file, metadata)
+    with pytest.raises(ValueError, match=message):
+        load_pruned(model, file)
+
+
+@pytest.mark.parametrize("damage", [{"shapes": "{"}, {"shapes": None}, {"form": None}, {"form": "coo"}])
+def test_damaged_metadata(damage, tmp_path):
+    model, file = a_model(), tmp_path / "model.safetensors"
+    save_pruned(model, local_masks(magnitudes(model), 0.5), file, "csr")
+    with safe_open(file, "pt") as opened:
+        metadata = {key: value for key, value in (opened.metadata() | damage).items() if value is not None}
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match="its metadata do not tell|form must be one of"):
         load_pruned(model, file)
 
 

@@ -314,7 +314,7 @@ def test_the_encoders_mask_is_nearly_that_of_the_pretrained_weights(reviewed):
 def test_the_pretrained_weights_are_the_ticket(reviewed):
     """With matrices drawn anew the same mask is worth points; half of the weights cost little."""
     right = {kind: encoder_tickets.right_by_round(reviewed, kind) for kind in encoder_tickets.KINDS}
-    for number in (3, 5):
+    for number in (5, 7):
         assert mean(right[TICKET][number]) > mean(right[REDRAWN][number]) + 2
     assert abs(mean(right[TICKET][5]) - mean(right[ONE_SHOT][5])) < 2
     assert mean(right[TICKET][7]) > mean(right[SHUFFLED][7])

@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # Homework 5: pruning with second derivatives
 #
@@ -185,7 +184,7 @@ check("second_order.obd_saliency", obd_saliency)
 #
 # - `net(w)` gives the outputs `(patterns, outputs)` for the weights `w`, a vector.
 #   `torch.autograd.functional.jacobian(net, w)` is `(patterns, outputs, weights)`.
-# - `targets` are `(patterns, outputs)`. Not every argument is needed in every line.
+# - `targets` are what the outputs should be, `(patterns, outputs)`. Do you need their values?
 # - Return $H^{-1}$, `(weights, weights)`, for this `alpha`.
 #
 # An example in numbers: for one weight, $\alpha = 0.5$, two patterns and one output with the gradients 3 and 2,
@@ -209,8 +208,8 @@ def inverse_hessian(net, w: torch.Tensor, targets: torch.Tensor, alpha: float) -
 check("second_order.inverse_hessian", inverse_hessian)
 
 # %% [markdown]
-# **Look back.** Which values of `targets` did you use? None: only their number of rows. Where have they gone? (The
-# second derivative of $(o - t)^2 / 2$ is $X X^\top + (o - t)\, \partial^2 o / \partial w^2$. How large is the second
+# **Look back.** Of `targets` only the number of rows is needed. Where have their values gone? (The second
+# derivative of $(o - t)^2 / 2$ is $X X^\top + (o - t)\, \partial^2 o / \partial w^2$. How large is the second
 # term at a minimum?) With 4 patterns and 9 weights, as for XOR: what is the rank of the sum, and what decides in the
 # other directions?
 

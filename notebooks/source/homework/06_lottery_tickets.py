@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # Homework 6: lottery tickets
 #
@@ -79,12 +78,12 @@ def one_round(
     """The masks after one more round."""
     new = {}
     ### BEGIN SOLUTION
-    for name, mask in masks.items():
+    for name in masks:
         share = rate / 2 if name == output else rate
-        new[name] = keep_top(trained[name].abs(), share, mask)
+        new[name] = keep_top(trained[name].abs(), share, masks[name])
     ### END SOLUTION
     ### BEGIN STARTER
-    for name, mask in ...:
+    for name in ...:
         share = ... if name == output else ...
         new[name] = keep_top(..., share, ...)
     ### END STARTER
@@ -228,27 +227,24 @@ def controls(
 ) -> dict[str, tuple[dict, dict]]:
     """Two nets to compare a ticket with."""
     ### BEGIN SOLUTION
-    shuffled = {}
+    shuffled, redrawn = {}, {}
     for name, mask in masks.items():
-        order = torch.randperm(mask.numel(), generator=generator)
-        shuffled[name] = mask.flatten()[order].view(mask.shape)
+        places = torch.randperm(mask.numel(), generator=generator)
+        shuffled[name] = mask.flatten()[places].view(mask.shape)
+    for name, weight in theta_0.items():
+        redrawn[name] = glorot(tuple(weight.shape), generator)
     ### END SOLUTION
     ### BEGIN STARTER
     everything = torch.cat([mask.flatten() for mask in masks.values()])
     everything = everything[torch.randperm(len(everything), generator=generator)]
     parts = everything.split([mask.numel() for mask in masks.values()])
     shuffled = {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
-    ### END STARTER
 
     redrawn = {}
     for name, weight in theta_0.items():
-        ### BEGIN SOLUTION
-        redrawn[name] = glorot(tuple(weight.shape), generator)
-        ### END SOLUTION
-        ### BEGIN STARTER
         order = torch.randperm(weight.numel(), generator=generator)
         redrawn[name] = weight.flatten()[order].view(weight.shape)
-        ### END STARTER
+    ### END STARTER
 
     return {
         "shuffled": ({name: theta_0[name] * shuffled[name] for name in masks}, shuffled),

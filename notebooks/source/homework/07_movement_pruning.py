@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # Homework 7: movement pruning, and layers that get smaller
 #
