@@ -89,7 +89,7 @@ class MaskPicture:
         for name, words, x, y, gap in (
             ("left", "weights left", 12, 33, 84),
             ("squares", "squared weight left", 168, 33, 136),
-            ("darkest", f"kept in the darkest {side} x {side} weights", MATRIX[0], top + LONGEST + 8, 220),
+            ("darkest", f"kept in the darkest {side} x {side} weights", MATRIX[0], top + LONGEST + 8, 240),
             ("rows", "rows", PART[0], below, 64),
             ("columns", "columns", PART[0], below + 18, 64),
             ("kept", "kept", PART[0], below + 36, 64),

@@ -90,7 +90,7 @@ class MovementExplorer(Explorer):
         level: int = 15,
         movement: str = HARD,
         matrix: str = "feed-forward, expand",
-        what: str = "movement",
+        what: str = "change",
     ) -> None:
         if (summary is None) != (weights is None):
             raise ValueError("summary and weights must be given together, or neither of them")

@@ -211,7 +211,7 @@ from effnlp_lessons.pruning.masks import n_of_m
 from effnlp_lessons.pruning.storage import load_pruned, save_pruned
 
 file = Path(tempfile.mkdtemp()) / "model.safetensors"
-halves = {"csr64": everywhere, "bit mask": everywhere, "2:4": {name: n_of_m(score) for name, score in magnitudes(teacher).items()}}
+halves = {"bit mask": everywhere, "2:4": {name: n_of_m(score) for name, score in magnitudes(teacher).items()}}
 print(f"{'as it was':9} {bytes_on_disk(teacher) / 1e6:5.1f} MB")
 for form, chosen in halves.items():
     size = save_pruned(teacher, chosen, file, form)
@@ -251,16 +251,15 @@ for name, timing in sorted(times.items()):
 # %%
 from effnlp_lessons.widgets.mask_explorer import MaskExplorer
 
-explorer = MaskExplorer()
-explorer
+MaskExplorer(structure="rows")
 
 # %% [markdown]
 # **Try:**
 #
-# * Drag the sparsity from 0 to 90 % with *unstructured*: watch the bytes in CSR rise first, and the time stand still.
-# * Choose *2:4*: the sparsity is fixed, the file is that of a bit mask.
-# * Choose rows (neurons): the matrix becomes smaller itself, so bytes and time fall together. What does the share of
-#   squared weight that is kept say about the price?
+# * It opens with whole *rows* removed: the matrix becomes smaller itself, so bytes and time fall together.
+# * Choose *unstructured*, and drag the sparsity from 90 % down: where does CSR become larger than dense, where slower?
+# * Choose *2:4*: the sparsity is fixed, the file is that of a bit mask. What does each structure do to the share of
+#   squared weight that is kept?
 
 # %% [markdown]
 # ## 4. Optimal Brain Damage (LeCun, Denker, Solla 1990)

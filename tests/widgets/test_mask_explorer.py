@@ -13,6 +13,7 @@ from effnlp_lessons.pruning.masks import block_sums, keep_top, n_of_m, spread_bl
 from effnlp_lessons.pruning.storage import pack_matrix
 from effnlp_lessons.studies import pruning_costs
 from effnlp_lessons.studies.pruning_costs import BLOCK, bsr, csr, rows, zeros
+from effnlp_lessons.studies.runner import load_results
 from effnlp_lessons.widgets import mask_numbers
 from effnlp_lessons.widgets.mask_explorer import STEP, MaskExplorer
 from effnlp_lessons.widgets.mask_numbers import (
@@ -90,6 +91,7 @@ def expected_mask(matrix, criterion, structure, sparsity):
 @pytest.mark.parametrize("matrix", SHAPES)
 @pytest.mark.parametrize("criterion", [MAGNITUDE, RANDOM, WITH_INPUT])
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support:UserWarning")
 def test_state_equals_masks_and_storage(anywhere, matrix, criterion, structure):
     for sparsity in (50,) if structure == TWO_OF_FOUR else (0, 7, 50, 93, 99):
         # without a picture; that the state is these numbers is the test after this one
@@ -377,6 +379,20 @@ def test_the_picture_shows_the_mask(shown):
         assert light[cells == fewer].min() > light[cells == more].max()
 
 
+@pytest.mark.parametrize(("matrix", "moves"), [("square", 0), ("square", 4), ("tall", 6), ("wide", 1)])
+def test_the_frame_lies_around_what_is_magnified(matrix, moves, shown):
+    explorer = make(matrix=matrix, sparsity=99)
+    explorer.act([["key", "ArrowRight"], ["key", "ArrowDown"], ["key", "ArrowDown"]] * moves)
+    picture, (row, column) = shown(explorer).astype(int), explorer.state["corner"]
+    red = (picture[..., 0] - picture[..., 2] > 120) & (picture[..., 1] < 150)
+    red[:, MATRIX[0] + 300 :] = False  # bars are red too
+    (y0, x0), (y1, x1) = (getattr(np.argwhere(red), end)(0) for end in ("min", "max"))
+    scale, (high, wide) = pixels_of(SHAPES[matrix]) / cell_of(SHAPES[matrix]), explorer.state["part"].shape
+    expected = [MATRIX[0] + scale * column, MATRIX[1] + scale * row]
+    expected += [expected[0] + scale * wide, expected[1] + scale * high]
+    assert [x0, y0, x1, y1] == pytest.approx(expected, abs=1.6)  # the line is 2 pixels wide
+
+
 def test_the_bars_are_as_long_as_the_numbers(anywhere):
     for structure, sparsity in ((SCATTERED, 50), (SCATTERED, 99), (BLOCKS, 90), (ROWS, 50), (TWO_OF_FOUR, 50)):
         set_to(anywhere, matrix="wide", criterion=MAGNITUDE, structure=structure, sparsity=sparsity)
@@ -393,12 +409,12 @@ def test_the_bars_are_as_long_as_the_numbers(anywhere):
                 assert red == (value is not None and value > (1.05 if kind == "time" else 1))
 
 
-@pytest.mark.parametrize("matrix", SHAPES)
-def test_no_words_leave_the_picture_or_meet(matrix):
-    explorer = make(matrix=matrix)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (1536, 384), (384, 1536)])
+def test_no_words_leave_the_picture_or_meet(shape):
+    explorer = MaskExplorer({"block 0 contract": torch.ones(shape).cumsum(0)}, None, {})
     for structure, sparsity in ((SCATTERED, 0), (SCATTERED, 50), (ROWS, 90), (TWO_OF_FOUR, 50)):
         set_to(explorer, structure=structure, sparsity=sparsity)
-        explorer.act([["key", "ArrowRight"]] * 12)
+        explorer.act([["key", "ArrowRight"], ["key", "ArrowDown"]] * 40)
         renderer = explorer.figure.canvas.get_renderer()
         words = [t for t in explorer.figure.texts if t.get_text()]
         for axes in explorer.figure.axes:
@@ -434,3 +450,20 @@ def test_events_are_fast(assert_fast):
     assert_fast("frame", lambda turn: explorer.act([["key", "ArrowDown" if turn < 4 else "ArrowUp"]]))
     assert_fast("structure", lambda turn: set_to(explorer, structure=STRUCTURES[turn % 4]))
     assert_fast("criterion", lambda turn: set_to(explorer, criterion=(MAGNITUDE, RANDOM, WITH_INPUT)[turn % 3]))
+
+
+def test_the_recorded_times_of_the_teachers_matrices():
+    """Without times it shows what `pruning_costs` recorded: every matrix has times from half of the weights gone."""
+    summary, explorer = load_results("pruning_costs"), MaskExplorer()
+    for matrix in LAYERS:
+        set_to(explorer, matrix=matrix)
+        fast = pruning_costs.speedups(summary, " x ".join(map(str, explorer.state["shape"])))
+        for structure, kernel, name in (
+            (SCATTERED, "CSR kernel", csr(0.9)),
+            (BLOCKS, "block kernel", bsr(0.9)),
+            (ROWS, "smaller dense", rows(0.1)),
+        ):
+            set_to(explorer, structure=structure, sparsity=90)
+            assert explorer.state["time"][kernel] == pytest.approx(1 / fast[name][0])
+            assert explorer.state["time"]["dense kernel"] == pytest.approx(1 / fast[zeros(0.9)][0])
+            assert set(explorer.state["how"]["time"].values()) == {RECORDED, OTHER}
