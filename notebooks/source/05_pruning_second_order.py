@@ -251,7 +251,7 @@ for name, timing in sorted(times.items()):
 # %%
 from effnlp_lessons.widgets.mask_explorer import MaskExplorer
 
-MaskExplorer(structure="rows")
+MaskExplorer(structure="rows", sparsity=90)
 
 # %% [markdown]
 # **Try:**

@@ -296,7 +296,7 @@ print("parameters:", f"{count_parameters(teacher):,} -> {count_parameters(small)
 # %%
 from effnlp_lessons.widgets.mask_explorer import MaskExplorer
 
-MaskExplorer(structure="rows", sparsity=75)
+MaskExplorer(matrix="block 0 expand", structure="rows", sparsity=75)
 
 # %% [markdown]
 # Three quarters of the neurons removed are three quarters of the rows, and what is left is a dense matrix. How much of
