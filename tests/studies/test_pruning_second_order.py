@@ -16,6 +16,7 @@ from effnlp_lessons.pruning.logic_problems import (
 )
 from effnlp_lessons.pruning.obs import surgery_
 from effnlp_lessons.studies import second_order as study
+from effnlp_lessons.studies.runner import load_results
 
 SHORT = study.MONK | {"problem": "monk 1", "hidden": 3, "training": 200, "retraining": 10, "share": 0.3, "fewest": 5}
 
@@ -130,3 +131,37 @@ def test_small_digits():
     assert not torch.equal(train.inputs, other.inputs) and torch.equal(
         train.inputs.sort(0).values, other.inputs.sort(0).values
     )
+
+
+# ------------------------------------------------------------------------------------------------- recorded
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_results("second_order")
+
+
+@pytest.mark.parametrize("problem", [study.XOR, study.XOR_EARLY])
+def test_of_xor_obs_always_deletes_a_right_weight_and_magnitude_mostly_does(recorded, problem):
+    nets = study.converged(recorded, problem)
+    found = study.first_deletions(nets)
+    assert len(nets) >= 20
+    assert found[study.OBS]["right weight"] == found[study.OBS]["four right"] == len(nets)
+    assert found[study.MAGNITUDE]["right weight"] > 0.8 * len(nets)  # so "only OBS" is not found
+    assert found[study.OBD]["right weight"] < found[study.MAGNITUDE]["right weight"]
+    # the choice alone is not what keeps the answers right
+    assert found[study.OBS_CHOICE]["four right"] < 0.5 * len(nets)
+
+
+@pytest.mark.parametrize("problem", ["monk 1", "monk 2", "digits"])
+def test_without_retraining_the_update_saves_weights_and_with_it_the_methods_come_close(recorded, problem):
+    tolerance = 1.0 if problem == "digits" else 0.0
+
+    def middle(variant):
+        fewest = sorted(study.fewest_weights(recorded, problem, variant, "train", tolerance))
+        assert len(fewest) >= 5
+        return fewest[len(fewest) // 2]
+
+    assert middle(study.OBS) < 0.8 * min(middle(study.MAGNITUDE), middle(study.OBS_CHOICE))
+    gap = middle(study.MAGNITUDE) - middle(study.OBS)
+    assert abs(middle(study.MAGNITUDE + study.RETRAINED) - middle(study.OBS + study.RETRAINED)) < 0.5 * gap

@@ -6,7 +6,6 @@ import torch
 from effnlp_lessons.classification import ReviewExamples, accuracy
 from effnlp_lessons.datasets import reviews
 from effnlp_lessons.layers import block_linears
-from effnlp_lessons.paths import results_dir
 from effnlp_lessons.pretrained import load_teacher
 from effnlp_lessons.pruning.importance import Importance
 from effnlp_lessons.pruning.masks import apply_masks_, block_sums, share_left
@@ -158,8 +157,16 @@ def test_what_is_recorded_leaves_equal_numbers_of_weights():
     study = pruning_structures.STUDY
     at_half = {setting["structure"] for setting in study.recorded if setting["left"] == 0.5}
     assert at_half == set(STRUCTURES) and len(study.seeds) >= 3 and study.minutes <= 40
-    if not (results_dir() / "pruning_structures.json").exists():
-        pytest.skip("not recorded yet")
     summary = load_results("pruning_structures")
     assert all(run["left"] == run["setting"]["left"] * WHOLE for run in summary["runs"])
     assert all(len(values) == 3 for when in ("before", "after") for values in right_of(summary, when).values())
+
+
+def test_within_one_criterion_freer_units_lose_less_and_gradients_beat_chance():
+    """By size: any weights, then two of every four, then blocks. Heads and neurons: gradients before chance."""
+    summary = load_results("pruning_structures")
+    before, after = (right_of(summary, when) for when in ("before", "after"))
+    assert max(before[BLOCKS, 0.5]) < max(before[OF_FOUR, 0.5]) < min(before[ANY, 0.5])
+    assert max(after[BLOCKS, 0.5]) < min(min(after[OF_FOUR, 0.5]), min(after[ANY, 0.5]))
+    for found in (before, after):
+        assert max(found[RANDOM_HEADS, 0.5]) < min(found[HEADS, 0.5])
