@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Homework 5: pruning with second derivatives
 #
-# Five exercises after the notebook *Pruning with second derivatives*.
+# Five exercises after the notebook *Pruning*.
 # Each stands alone, so you can skip one.
 #
 # | exercise | minutes | difficulty | |
