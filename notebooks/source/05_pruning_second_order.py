@@ -143,6 +143,7 @@ from torch import nn
 
 from effnlp_lessons.pruning.masks import masked
 
+
 def one_step(hold: bool) -> int:
     """How many of the pruned weights are not 0 after one step of an Adam that has trained before."""
     with torch.random.fork_rng():
@@ -237,7 +238,8 @@ for share in (0.5, 0.1, 0.01):
     calls[f"dense kernel, {100 * share:.0f} % left"] = lambda zeros=W * kept: zeros @ tokens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that its sparse tensors are in beta
-        calls[f"CSR kernel, {100 * share:.0f} % left"] = lambda sparse=(W * kept).to_sparse_csr(): sparse @ tokens
+        csr = (W * kept).to_sparse_csr()
+    calls[f"CSR kernel, {100 * share:.0f} % left"] = lambda csr=csr: csr @ tokens
 times = latencies(calls, runs=15)
 for name, timing in sorted(times.items()):
     print(f"{name:25} {times['dense, all weights'].median / timing.median:6.2f} times as fast")
@@ -514,7 +516,7 @@ dots(rows, grey=[name for name in rows if second_order.RETRAINED not in name],
 # right, decides which weights of a column go, and lets the columns to the *right* make up for it.
 
 # %% tags=["nbval-check-output"]
-from effnlp_lessons.pruning.layerwise_obs import calibration_batches, greedy, layer_hessians, output_error, refit, sweep
+from effnlp_lessons.pruning.layerwise_obs import calibration_batches, layer_hessians, output_error, refit, sweep
 
 training = ReviewExamples(reviews.load_reviews().subset("train"), limit=64)
 batches = calibration_batches(training.token_ids)

@@ -142,7 +142,7 @@ for name, mask in ticket.masks.items():
 
 # %% tags=["reveal"]
 from effnlp_lessons.studies import lottery_tickets
-from effnlp_lessons.studies.lottery_tickets import KINDS, REDRAWN, SHUFFLED, TICKET, by_round
+from effnlp_lessons.studies.lottery_tickets import KINDS, REDRAWN, TICKET, by_round
 from effnlp_lessons.studies.runner import load_results
 
 if (guess := reveal("tickets.early")) is not None:
@@ -309,7 +309,6 @@ dots(rows, grey=[name for name in rows if "ticket" not in name and "late" not in
 
 # %%
 from effnlp_lessons.measure import bytes_on_disk, count_macs
-from effnlp_lessons.pruning.lottery import masks_after
 
 per_round = 1_400
 dense_bytes = bytes_on_disk(lenet_300_100(0))

@@ -178,7 +178,7 @@ from effnlp_lessons.studies.runner import load_results
 if (guess := reveal("movement.three_percent")) is not None:
     found = movement_study.by_model(load_results("movement"))
     rows = {}
-    for (method, level), values in found.items():
+    for (method, _), values in found.items():
         right = sorted(values["right"])
         name = method if method == "dense" else f"{method}, {sum(values['left']) / len(values['left']):.1f} % left"
         rows[name] = {"test accuracy (%)": (right[len(right) // 2], right[0], right[-1])}
@@ -246,7 +246,7 @@ MovementExplorer()
 # $$M = \mathrm{spread}(M'), \qquad \frac{\partial L}{\partial S_b} = \sum_{ij \in b} \frac{\partial L}{\partial W'_{ij}} W_{ij}$$
 
 # %% tags=["nbval-check-output"]
-from effnlp_lessons.pruning.movement import movement_masks, set_level_, to_dense
+from effnlp_lessons.pruning.movement import movement_masks, set_level_
 from effnlp_lessons.pruning.movement_blocks import hybrid_blocks, prepare_blocks, removable
 
 blocked = prepare_blocks(teacher, hybrid_blocks(teacher), mode="hard")
@@ -278,7 +278,7 @@ import copy
 
 from effnlp_lessons.classification import ReviewExamples, accuracy
 from effnlp_lessons.datasets import reviews
-from effnlp_lessons.measure import block_macs, bytes_on_disk, count_parameters
+from effnlp_lessons.measure import bytes_on_disk, count_parameters
 from effnlp_lessons.pruning.structured import remove_heads, remove_neurons, zero_heads, zero_neurons
 
 some = ReviewExamples(reviews.load_reviews().subset("dev"), limit=64)
