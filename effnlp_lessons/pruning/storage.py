@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, UInt8
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from effnlp_lessons.pruning.masks import Masks
+from effnlp_lessons.tensor_files import read_tensors
 from effnlp_lessons.training import write_atomically
 
 FORMS = ("dense", "csr", "csr64", "bit mask", "2:4")
@@ -188,16 +188,7 @@ def load_pruned(model: nn.Module, file: Path | str) -> tuple[nn.Module, Masks]:
         ValueError: a damaged file, a file of another kind or of another model.
     """
     file = Path(file)
-    if not file.exists():
-        raise FileNotFoundError(f"there is no file {file}")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own kind for a damaged file
-        raise ValueError(f"{file.name} is not a readable safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file.name} was not written by save_pruned: its format is {metadata.get('format')!r}")
+    metadata, tensors = read_tensors(file, FORMAT, "save_pruned")
     try:
         shapes, form = json.loads(metadata["shapes"]), metadata["form"]
     except (KeyError, ValueError) as error:

@@ -25,12 +25,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from effnlp_lessons.heads import SentenceClassifier
 from effnlp_lessons.layers import with_layers
+from effnlp_lessons.tensor_files import read_tensors
 from effnlp_lessons.training import write_atomically
 from effnlp_lessons.transformer import Block, Encoder, FeedForward, SelfAttention, TransformerConfig
 
@@ -194,17 +194,7 @@ def load_shrunken(file: Path | str) -> Encoder | SentenceClassifier:
         FileNotFoundError: if there is no such file.
         ValueError: a damaged file, or one of another kind.
     """
-    file = Path(file)
-    if not file.exists():
-        raise FileNotFoundError(f"there is no file {file}")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own kind for a damaged file
-        raise ValueError(f"{file.name} is not a readable safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file.name} was not written by save_shrunken: its format is {metadata.get('format')!r}")
+    metadata, tensors = read_tensors(file, FORMAT, "save_shrunken")
     config = TransformerConfig(**json.loads(metadata["config"]))
     with torch.device("meta"):  # shapes only: the numbers come from the file
         model: Encoder | SentenceClassifier = Encoder(config)

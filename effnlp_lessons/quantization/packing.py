@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int, UInt8
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from effnlp_lessons.layers import with_layers
 from effnlp_lessons.quantization.post_training import QuantizedEmbedding, QuantizedLinear, quantized_layers
 from effnlp_lessons.quantization.quantizers import QuantizedMatrix, block_of, check_bits
+from effnlp_lessons.tensor_files import read_tensors
 from effnlp_lessons.training import write_atomically
 
 FORMAT = "effnlp quantized model, 1"
@@ -176,16 +176,7 @@ def load_quantized(model: nn.Module, file: Path | str) -> nn.Module:
         ValueError: a damaged file, a file of another kind, or of a model with other layers or shapes.
     """
     file = Path(file)
-    if not file.exists():
-        raise FileNotFoundError(f"there is no file {file}")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own kind for a damaged file
-        raise ValueError(f"{file.name} is not a readable safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file.name} was not written by save_quantized: its format is {metadata.get('format')!r}")
+    metadata, tensors = read_tensors(file, FORMAT, "save_quantized")
     modules, layers = dict(model.named_modules()), {}
     for name, about in json.loads(metadata["layers"]).items():
         quantized, plain = KINDS[about["kind"]]
