@@ -35,8 +35,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class TransformerConfig:
     """Sizes of a Transformer. The defaults are those of MiniLM-L6.
 
-    `segments` is the number of segment (token type) embeddings, 0 for none. `norm_first` puts the layer
-    norms before the mixers (GPT-2) instead of after the residual sums (BERT).
+    `segments` is the number of segment (token type) embeddings, 0 for none. `max_length` is the number of
+    learned absolute positions, 0 for none: then a text may have any length, and a token mixer must know the
+    order itself. `norm_first` puts the layer norms before the mixers (GPT-2) instead of after the residual
+    sums (BERT).
     """
 
     vocab_size: int = 30_522
@@ -54,7 +56,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, smallest = getattr(self, field.name), 0 if field.name in ("layers", "segments") else 1
+            value, smallest = getattr(self, field.name), 0 if field.name in ("layers", "segments", "max_length") else 1
             if field.type == "int" and (not isinstance(value, int) or value < smallest):
                 raise ValueError(f"{field.name} must be an integer >= {smallest}, got {value!r}")
         if self.d_model % self.heads:
@@ -189,7 +191,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_length, config.d_model)
+        self.positions = nn.Embedding(config.max_length, config.d_model) if config.max_length else None
         self.segments = nn.Embedding(config.segments, config.d_model) if config.segments else None
         self.norm = nn.Identity() if config.norm_first else nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -204,9 +206,11 @@ class Embeddings(nn.Module):
             got = f"{token_ids.dtype} {tuple(token_ids.shape)}"
             raise ValueError(f"token_ids must be integers of shape (batch, length), got {got}")
         end = first_position + token_ids.shape[1]
-        if end > self.config.max_length:
-            raise ValueError(f"{end} tokens are more than the max_length of {self.config.max_length} positions")
-        x = self.tokens(token_ids) + self.positions(torch.arange(first_position, end, device=token_ids.device))
+        x = self.tokens(token_ids)
+        if self.positions is not None:
+            if end > self.config.max_length:
+                raise ValueError(f"{end} tokens are more than the max_length of {self.config.max_length} positions")
+            x = x + self.positions(torch.arange(first_position, end, device=token_ids.device))
         if self.segments is not None:
             x = x + self.segments(torch.zeros_like(token_ids) if segment_ids is None else segment_ids)
         elif segment_ids is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -435,6 +436,14 @@ def test_bad_sizes_are_named(change, message):
 def test_bad_encoder_input_is_named(ids, mask, message):
     with pytest.raises(ValueError, match=message):
         Encoder(SMALL)(ids, mask)
+
+
+def test_without_a_position_table_a_text_may_have_any_length_and_order_is_the_mixers_affair():
+    model = Encoder(replace(SMALL, max_length=0, dropout=0.0)).eval()
+    assert model.embeddings.positions is None and not any("positions" in name for name in model.state_dict())
+    ids = torch.arange(40)[None]
+    assert torch.allclose(model(ids).last.flip(1), model(ids.flip(1)).last, atol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == sum(transformer_parameters(model.config).values())
 
 
 def test_decoder_refuses_the_state_of_a_method_that_keeps_none():
