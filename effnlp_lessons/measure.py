@@ -60,6 +60,7 @@ FORMULAS: dict[str, Callable[[tuple, Any], int]] = {
     "aten::bmm": lambda a, out: _product(a[0], out),
     "aten::addmm": lambda a, out: _product(a[1], out),
     "aten::baddbmm": lambda a, out: _product(a[1], out),
+    "aten::baddbmm_": lambda a, out: _product(a[1], out),
     "aten::mv": lambda a, out: _product(a[0], out),
     "aten::dot": lambda a, out: _product(a[0], out),
     "aten::_int_mm": lambda a, out: _product(a[0], out),
@@ -78,17 +79,17 @@ FORMULAS: dict[str, Callable[[tuple, Any], int]] = {
 # operations that multiply nothing together, beside torch's views and pointwise operations
 FREE = frozenset(
     """
-    alias all amax amin aminmax any arange argmax argmin argsort as_strided bernoulli bernoulli_ bincount bucketize
-    cat clone constant_pad_nd contiguous copy_ count_nonzero cummax cummin cumprod cumsum dequantize detach
-    diag_embed embedding empty empty_like empty_strided equal exponential_ eye fill_ flip full full_like gather
-    index index_add index_add_ index_copy index_fill index_put index_put_ index_select isin item lift_fresh
-    linalg_vector_norm linspace _local_scalar_dense _log_softmax logcumsumexp logsumexp masked_fill_ masked_scatter
-    masked_select max max_pool2d_with_indices mean median min multinomial native_batch_norm native_dropout
-    native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nll_loss_forward nonzero normal_ ones
-    ones_like prod quantize_per_channel quantize_per_tensor rand rand_like randint randn randn_like randperm repeat
-    repeat_interleave _reshape_alias resize_ roll scalar_tensor scatter scatter_ scatter_add scatter_add_
-    scatter_reduce searchsorted select_scatter slice_scatter _softmax sort split_with_sizes stack std sum _to_copy
-    topk tril triu unbind unfold uniform_ _unique2 unique_dim _unsafe_view var var_mean zero_ zeros zeros_like
+    alias all amax amin aminmax any arange argmax argmin argsort as_strided bernoulli bernoulli_ bincount bucketize cat
+    clone constant_pad_nd contiguous copy_ count_nonzero cummax cummin cumprod cumsum dequantize detach diag_embed
+    embedding empty empty_like empty_strided equal exponential_ eye fill_ flip floor_divide full full_like gather index
+    index_add index_add_ index_copy index_fill index_put index_put_ index_select isin item lift_fresh linalg_vector_norm
+    linspace _local_scalar_dense _log_softmax logcumsumexp logsumexp masked_fill_ masked_scatter masked_select max
+    max_pool2d_with_indices mean median min multinomial native_batch_norm native_dropout native_group_norm
+    native_layer_norm new_empty new_full new_ones new_zeros nll_loss_forward nonzero normal_ ones ones_like prod
+    promote_types quantize_per_channel quantize_per_tensor rand rand_like randint randn randn_like randperm repeat
+    repeat_interleave _reshape_alias resize_ roll scalar_tensor scatter scatter_ scatter_add scatter_add_ scatter_reduce
+    searchsorted select_scatter slice_scatter _softmax sort split_with_sizes stack std sum _to_copy topk tril tril_ triu
+    unbind unfold uniform_ _unique2 unique_dim _unsafe_view var var_mean zero_ zeros zeros_like
     """.split()  # noqa: SIM905
 )
 

@@ -212,3 +212,9 @@ def test_cost_and_table():
     assert len(lines) == 3 and "MACs (M)" in lines[0] and len({len(line) for line in lines}) == 1
     with pytest.raises(ValueError, match="at least one model"):
         measure.table({})
+
+
+def test_a_product_that_is_added_in_place_is_counted_like_the_others():
+    a, b = torch.ones(2, 3, 5), torch.ones(2, 5, 7)
+    added = count_macs(lambda: torch.baddbmm(torch.zeros(2, 3, 7), a, b)).total
+    assert count_macs(lambda: torch.zeros(2, 3, 7).baddbmm_(a, b)).total == added == 2 * 3 * 5 * 7

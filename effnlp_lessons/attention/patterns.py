@@ -7,12 +7,12 @@ recorded study and notebook 08.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from effnlp_lessons.dense_attention import check_attention_mask
 from effnlp_lessons.transformer import Encoder
@@ -101,11 +101,35 @@ def read_heads(encoder: Encoder, token_ids: Int[Tensor, "1 length"]) -> Heads:
         raise ValueError(f"token_ids must be one text, (1, length), got {tuple(token_ids.shape)}")
     with torch.inference_mode():
         out = encoder(token_ids, return_scores=True)
-        inputs = (
-            block.token_norm(x) if block.norm_first else x
-            for block, x in zip(encoder.blocks, out.hidden, strict=False)  # the last hidden state feeds no block
-        )
-        mixers = [block.token_mixer for block in encoder.blocks]
-        values = [mixer.split_heads(mixer.value(x))[0] for mixer, x in zip(mixers, inputs, strict=True)]
+        values = [mixer.split_heads(mixer.value(x))[0] for mixer, x in _mixers_and_inputs(encoder, out.hidden)]
         weights = [scores[0].softmax(-1) for scores in out.scores]
     return Heads(torch.stack(weights), torch.stack(values))
+
+
+def read_projections(
+    encoder: Encoder, token_ids: Int[Tensor, "1 length"]
+) -> tuple[
+    Float[Tensor, "layers heads length d_head"],
+    Float[Tensor, "layers heads length d_head"],
+    Float[Tensor, "layers heads length d_head"],
+]:
+    """Queries, keys and values of every head on one text without padding, by running the encoder once.
+
+    Raises:
+        ValueError: more or less than one text.
+    """
+    if token_ids.shape[0] != 1:
+        raise ValueError(f"token_ids must be one text, (1, length), got {tuple(token_ids.shape)}")
+    with torch.inference_mode():
+        layers = [
+            [mixer.split_heads(project(x))[0] for project in (mixer.query, mixer.key, mixer.value)]
+            for mixer, x in _mixers_and_inputs(encoder, encoder(token_ids).hidden)
+        ]
+        q, k, v = (torch.stack(part) for part in zip(*layers, strict=True))
+    return q, k, v
+
+
+def _mixers_and_inputs(encoder: Encoder, hidden: Sequence[Tensor]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Every layer's token mixer, and what it read."""
+    for block, x in zip(encoder.blocks, hidden, strict=False):  # the last hidden state feeds no block
+        yield block.token_mixer, block.token_norm(x) if block.norm_first else x

@@ -16,6 +16,8 @@ MODULES = {
     "second_order": "second_order",
     "tickets": "tickets",
     "movement": "movement",
+    "buckets": "buckets",
+    "recurrent": "recurrent",
 }
 
 
