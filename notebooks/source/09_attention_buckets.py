@@ -12,7 +12,7 @@
 # not. Then come two other ideas: make fewer keys out of many, and give up the comparison of queries and keys.
 #
 # **Lecture topic:** Efficient attention, data-dependent patterns and compressed keys. **Reading:** 60 minutes.
-# **Running:** about 40 seconds on two cores, no GPU, no network.
+# **Running:** about 35 seconds on two cores, no GPU, no network.
 #
 # **You need:** notebook 08. Parts marked *depth* can wait.
 #
@@ -433,7 +433,7 @@ from effnlp_lessons.transformer import Encoder
 show_source(MemoryCompressedAttention.forward)
 
 # %% [markdown]
-# The pairs become $n \cdot n/3$: a third, and still quadratic.
+# The pairs become $n \cdot n/3$: a third, and still quadratic. (The counts below include the convolution, which grows with $n$ alone.)
 #
 # A model that writes needs care. Slot $m$ summarises tokens $3m-3$ to $3m-1$, so a query may see it only when all three are past. Then
 # the first queries have no slot at all: the released code gives them the first token.
