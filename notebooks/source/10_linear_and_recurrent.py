@@ -221,7 +221,7 @@ if reveal("recurrent.token") is not None:
     lengths = recorded["runs"][0]["lengths"]
     lines(lengths, {form: [[1e6 * times[0] for times in run["token"][form]] for run in recorded["runs"]] for form in recorded["runs"][0]["token"]},
           x_label="tokens so far", y_label="microseconds for one more",
-          caption="Recorded (`generation_cost`), one layer of 4 heads of 64 channels, one thread. The state's line is flat. The cache's line is flat at first, where the projections cost more "
+          caption="Recorded (`generation_cost`), one layer of 4 heads of 64 channels, one thread. The state's line hardly rises, its size not at all. The cache's line is flat at first, where the projections cost more "
           "than the keys, and then grows.")
     whole = generation_cost.seconds_of(recorded, "whole")
     at = lengths.index(4_096)
@@ -231,7 +231,7 @@ if reveal("recurrent.token") is not None:
 # <details><summary><b>After your guess: a fair opponent</b></summary>
 #
 # The paper's title numbers, 317 and 4,462 times as many pictures a second, are against a softmax model that computes all earlier tokens again at every step. Nobody writes that way. Against a KV cache the
-# advantage at a given length is what you see here. It grows with the length, since one line is flat and the other is not. Memory tells the same story.
+# advantage at a given length is what you see here. It grows with the length, since one of the two keeps more and more. Memory tells the same story.
 # </details>
 #
 # ## 6. Depth: random features for the softmax itself (Choromanski et al. 2020)
