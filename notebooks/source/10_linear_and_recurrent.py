@@ -41,7 +41,7 @@
 # ## 1. The past as a list
 #
 # How does a Transformer write its 1,001st token? It has kept the keys and values of the first 1,000, the **KV cache**, and compares the new query with each. So
-# a token costs time in proportion to the text so far, and the cache grows with it.
+# part of a token's time is in proportion to the text so far, and the cache grows with it.
 
 # %% tags=["nbval-check-output"]
 import torch
@@ -73,7 +73,7 @@ for length in (256, 1_024):
 # (7)\quad & S_i = S_{i-1} + \phi(k_i) v_i^\top, \quad z_i = z_{i-1} + \phi(k_i) && \text{causal: running sums}
 # \end{aligned}$$
 #
-# In line 5 both sums have lost the query. They are computed **once**, for all queries. Slides often leave out the divisor in line 6; without it the weights do not
+# In line 5 both sums have lost the query. They are computed **once**, for all queries. Without the divisor in line 6 the weights do not
 # sum to 1. The paper takes $\phi(x) = \text{elu}(x) + 1$, which is always positive.
 #
 # **Predict first.** Which line does $\exp(q \cdot k)$ break? (`recurrent.line`, a number from 1 to 7)
@@ -99,7 +99,7 @@ if (guess := reveal("recurrent.line")) is not None:
 # exactly. (Infinitely many features would. Section 6 takes a random sample of them.) All other lines are algebra and hold for every similarity that factorises.
 # </details>
 #
-# Each line is also a check on small numbers.
+# Lines 1 to 6 are also a check on small numbers; line 7 follows in section 3.
 
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.attention.linear import feature_map, linear_attention
@@ -118,7 +118,7 @@ print("lines 4, 5 and 6 agree:", torch.allclose(line4, line5, atol=1e-10) and to
 print("and the library: ", torch.allclose(linear_attention(q, k, v), line6, atol=1e-5))
 
 # %% [markdown]
-# Only the order of two products has changed, $(QK^\top)V$ to $Q(K^\top V)$. That makes $n^2 d$ into $n d^2$.
+# Once $\phi$ has replaced exp, only the order of two products changes, $(QK^\top)V$ to $Q(K^\top V)$. That makes $n^2 d$ into $n d^2$.
 
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.dense_attention import dense_attention
@@ -135,7 +135,7 @@ for n in (64, 512, 4_096):
 # Line 7 can be computed
 #
 # * **all at once**: the $n \times n$ table with the future cut off. Exact, and what we wanted to avoid;
-# * **as a recurrence**: one token after another. Right for writing, slow for training;
+# * **as a recurrence**: one token after another. Right for writing; a training text would need $n$ steps in a row;
 # * **in chunks**: inside a chunk of 64 tokens as a table, between chunks by the state. Right for training.
 
 # %%
@@ -174,7 +174,7 @@ largest = largest_storage(causal_linear_attention, *x)
 print("gradient checked against differences:", torch.autograd.gradcheck(lambda a: causal_linear_attention(a, a, a, chunk=4),
                                                                        torch.randn(1, 1, 9, 3, dtype=torch.float64, requires_grad=True)))
 print("makes a table of all scores:", largest >= 4 * 1_024**2)
-print("keeps a state for every token:", largest >= 4 * 1_024 * 32 * 32)
+print("makes one tensor of a state for every token:", largest >= 4 * 1_024 * 32 * 32)
 
 # %% [markdown]
 # ## 4. What the state holds
@@ -188,7 +188,7 @@ from effnlp_lessons.widgets.linear_state_explorer import LinearStateExplorer
 LinearStateExplorer()
 
 # %% [markdown]
-# $d$ features can keep at most $d$ keys apart. And $\phi$ has no sharp peak: where softmax puts 0.9 on one key, $\text{elu}+1$ cannot. Section 9 shows what that costs.
+# $d$ features can keep at most $d$ keys apart. And $\text{elu}+1$ grows only linearly, so a sharp peak needs much larger vectors than with exp. (The heads shown were trained with the softmax.)
 #
 # ## 5. The price of a token
 #
@@ -221,7 +221,7 @@ if reveal("recurrent.token") is not None:
     lengths = recorded["runs"][0]["lengths"]
     lines(lengths, {form: [[1e6 * times[0] for times in run["token"][form]] for run in recorded["runs"]] for form in recorded["runs"][0]["token"]},
           x_label="tokens so far", y_label="microseconds for one more",
-          caption="Recorded (`generation_cost`), one layer of 4 heads of 64 channels, one thread. The state's line hardly rises, its size not at all. The cache's line is flat at first, where the projections cost more "
+          caption="Recorded (`generation_cost`), one layer of 4 heads of 64 channels, one thread. The state does the same work at each length; its line rises by about a third, its size not at all. The cache's line is flat at first, where the projections cost more "
           "than the keys, and then grows.")
     whole = generation_cost.seconds_of(recorded, "whole")
     at = lengths.index(4_096)
@@ -230,8 +230,8 @@ if reveal("recurrent.token") is not None:
 # %% [markdown]
 # <details><summary><b>After your guess: a fair opponent</b></summary>
 #
-# The paper's title numbers, 317 and 4,462 times as many pictures a second, are against a softmax model that computes all earlier tokens again at every step. Nobody writes that way. Against a KV cache the
-# advantage at a given length is what you see here. It grows with the length, since one of the two keeps more and more. Memory tells the same story.
+# The paper's headline numbers, 317 and 4,462 times as many pictures a second, are against a softmax model that computes all earlier tokens again at every step. Nobody writes that way. Against a KV cache the state is *slower* for short texts: the figure shows where
+# the lines cross. At 8,192 tokens it is some 5 to 6 times as fast, and the gap grows, since one of the two keeps more and more.
 # </details>
 #
 # ## 6. Depth: random features for the softmax itself (Choromanski et al. 2020)
@@ -256,7 +256,7 @@ for features in (32, 128, 512, 2_048):
     print(f"{features:5} random features: error {min(errors):.2f} to {max(errors):.2f}")
 
 # %% [markdown]
-# The error falls with the number of features, slowly. $\phi = \text{elu}+1$ does not try to approximate the softmax at all: the model is trained with it.
+# The error falls with the number of features, slowly. An error of 1 is that of answering zero. $\phi = \text{elu}+1$ does not try to approximate the softmax at all: the model is trained with it.
 #
 # ## 7. A memory of the last segment (Dai et al. 2019)
 #
@@ -271,7 +271,7 @@ for features in (32, 128, 512, 2_048):
 #
 # $$A_{ij} = (q_i + u)\cdot k_j + (q_i + v)\cdot W_R\, r_{i-j}$$
 #
-# $r_p$ is a sinusoid, $u$ and $v$ are learned: "how much does this key interest anyone?" and "how much does this distance?".
+# $r_p$ is a sinusoid, $u$ and $v$ are learned vectors of the layer (this $v$ is not a value): "how much does this key interest anyone?" and "how much does this distance?".
 
 # %%
 from effnlp_lessons.attention.transformer_xl import TransformerXLAttention, relative_shift
@@ -279,7 +279,7 @@ from effnlp_lessons.attention.transformer_xl import TransformerXLAttention, rela
 show_source(relative_shift)
 
 # %% [markdown]
-# The second product is needed for every pair, but depends on the distance only. So compute it for all distances, and *shift* row $i$ by $i$ places. The shift costs no index table: pad one column, read the same memory with another
+# The second product needs the key's distance, not the key. So compute it for each query and all distances, and *shift* each row to the left: the last by nothing, each earlier one by one place more. The shift costs no index table: pad one column, read the same memory with another
 # row length.
 
 # %% tags=["nbval-check-output"]
@@ -287,8 +287,8 @@ distances = torch.arange(6).flip(0).expand(4, 6)  # four queries, two tokens of 
 print(relative_shift(distances[None, None].clone())[0, 0])
 
 # %% [markdown]
-# The entry for query $i$ and key $j$ is their distance, $i + 2 - j$ here. What stands right of the zeros is the future: leftovers of the next row, which must be
-# hidden.
+# The entry for query $i$ and key $j$ is their distance, $i + 2 - j$ here. What stands right of a row's first 0 is the future: the padded zero and leftovers of the
+# next row. It must be hidden.
 #
 # With a memory that is long enough, four segments must give exactly what one long pass gives.
 
@@ -358,7 +358,7 @@ MemoryExplorer()
 # %% [markdown]
 # ## 9. How to see a memory
 #
-# Does a model remember? The usual measure, loss on plain text, cannot tell. Here is the softmax model again, allowed to see only the last $c$ characters of plain Shakespeare.
+# Does a model remember? Loss on plain text, the usual measure, can hardly tell for a model this small. Here is the softmax model again, allowed to see only the last $c$ characters of plain Shakespeare.
 
 # %%
 from effnlp_lessons.studies import printed_twice
@@ -371,10 +371,10 @@ for run in plain:
     print(f"seed {run['seed']}, nats a character", "".join(f"{loss:7.2f}" for loss in run["context"]))
 
 # %% [markdown]
-# From 16 characters to 128 the loss falls by a few hundredths of a nat, on every seed: the next character follows from the last few. A model without any memory looks nearly as good as one that reads the whole page.
+# From 16 characters to 128 the loss falls by a few hundredths of a nat, on every seed: the next character follows from the last few. By this measure the model looks nearly as good with 16 characters as with 128.
 #
-# So the study prints a passage **twice** on one page, `lag` characters apart. What is new in the first copy is known in the second, for a model that can still reach the first. Six small models, the same pages, equal steps and nearly equal
-# parameters:
+# So the study prints a passage **twice** on one page, `lag` characters apart. What is new in the first copy is known in the second, for a model that can still reach the first. Six small models of the same width and depth, the same pages
+# (a quarter of them random characters), equal steps:
 #
 # | model | reaches back, in one layer |
 # |---|---|
@@ -385,9 +385,12 @@ for run in plain:
 # | compressive-2 | 32 characters, and 32 slots of 2: 96 |
 # | compressive-4 | 32 characters, and 32 slots of 4: 160 |
 #
-# The last three hold **64 slots each**. Relative positions and the compression bring parameters of their own; the compression learns only from its own loss. So that two layers learn to copy in 600 steps, every model's attention sees each character together with the three before it.
+# The last three hold **64 slots each**. They have relative positions, the others none. Relative positions add 8 % of parameters, the compression up to 35 % more, which learn only from its own loss. So that two layers learn to copy in 600 steps, every model's attention sees each character together with the three before it.
 #
-# **Predict first.** Which model comes closest to softmax on the second copy, over all distances? (`recurrent.copy`: "window", "linear", "transformer-xl" or "compressive")
+# The second copy begins 8 characters into its segment, and its first 8 characters do not count, since no reader can know yet what they are. So the recurrent models reach 16 characters more than the table says. Two layers could relay from further back, but to copy, a layer must
+# find the place itself.
+#
+# **Predict first.** Which model comes closest to softmax on the second copy, in the mean over all distances? (`recurrent.copy`: "window", "linear", "transformer-xl" or "compressive")
 
 # %%
 my_guess = None
@@ -395,18 +398,19 @@ predict("recurrent.copy", my_guess)
 
 # %% tags=["reveal"]
 if (guess := reveal("recurrent.copy")) is not None:
-    print("loss on the second copy, nats a character, three seeds, by distance")
+    print("loss on the second copy after its first 8 characters, nats a character, three seeds, by distance")
     print(f"{'':16}    first copy" + "".join(f"{lag:14}" for lag in printed_twice.LAGS))
     for model in printed_twice.REACH:
         losses = [printed_twice.by_lag(twice, model, copy="first")[96], *printed_twice.by_lag(twice, model).values()]
-        print(f"{model:16}" + "".join(f"  {min(own):4.2f} to {max(own):4.2f}" for own in losses))
+        mean = sum(sum(own) for own in losses[1:]) / sum(len(own) for own in losses[1:])
+        print(f"{model:16}" + "".join(f"  {min(own):4.2f} to {max(own):4.2f}" for own in losses) + f"   mean {mean:.2f}")
     print("Your guess:", guess)
 
 # %% tags=["reveal"]
 if reveal("recurrent.copy") is not None:
     mean_by_lag = {model: [sum(own) / len(own) for own in printed_twice.by_lag(twice, model).values()] for model in printed_twice.REACH}
     curves(printed_twice.LAGS, mean_by_lag, x_label="distance between the copies (characters)", y_label="loss on the second copy (nats)", points=True,
-           caption="Recorded, mean of three seeds. A loss near the top: nothing is remembered. Each memory ends where its reach ends, with a jump.")
+           caption="Recorded, mean of three seeds. A loss near the top: nothing is remembered. It jumps where a model's exact rows end, and for compressive-2 again where its slots end.")
     sizes = {model: printed_twice.runs_of(twice, model)[0]["parameters"] for model in printed_twice.REACH}
     print("parameters (of these, for the compression):", ", ".join(f"{model} {own['all']:,} ({own['compression']:,})" for model, own in sizes.items()))
 
@@ -414,9 +418,10 @@ if reveal("recurrent.copy") is not None:
 # <details><summary><b>After your guess: what each memory is good for</b></summary>
 #
 # * **Softmax** copies from anywhere. It was trained for 600 steps, so the copy is not perfect.
-# * **The window** copies while the first copy is within 32 characters, and then knows nothing.
-# * **Linear attention** reaches the whole page and remembers none of it: its loss is the same at every distance, and nearly that of its first copy. Its one state holds the page's flavour, and no exact place can be read out of it.
+# * **The window** copies in part while the first copy is within 32 characters, and then not at all.
+# * **Linear attention** reaches the whole page and shows no sign of the copy: its loss is the same at every distance, and nearly that of its first copy. After this training no exact place can be read out of its one state.
 # * **Transformer-XL** is about as good as softmax while the first copy lies in its 64 slots, and falls off a cliff behind them.
+# * **In the mean** Transformer-XL comes closest; from 96 characters on, Compressive does.
 # * **Compressive** has half of the slots for exact rows, and is good within these. Behind them it keeps *something*: with two characters to a slot clearly, with four a little. In the same 64 slots Transformer-XL keeps more of the last 80 characters; Compressive keeps
 #   a trace of 96 or 160.
 #
@@ -433,7 +438,7 @@ if reveal("recurrent.copy") is not None:
                            length=384, segment=32, memory=32, compressed=32, rate=2, passed=6, distance=48))
 
 # %% [markdown]
-# A small live version of the same function. After so few steps nothing is copied yet: the loss is the same on both copies.
+# A small live version of the same function. After so few steps nothing is copied yet: the loss is nearly the same on both copies.
 
 # %%
 live = printed_twice.run({"model": "transformer-xl", "pages": "repeats", "steps": 30, "batch": 8, "rate": 4e-3, "passages": 16}, seed=0).numbers
@@ -479,7 +484,8 @@ segments = {name: 64 if name[0] in "TC" else 1_024 for name in models}
 print(table({name: cost(Reader(model, segments[name]).eval(), text, runs=3) for name, model in models.items()}))
 
 # %% [markdown]
-# Reading costs little either way at this length. What differs is what a model can still find, and what it must keep for the next token.
+# All but the first avoid the large table, which softmax writes out here (notebook 11's fused softmax does not). The last two read the text in 16 segments. Compressive's row includes its reconstruction loss, which only training needs. Models without a table of
+# positions have fewer parameters. What the table does not show is what a model can still find.
 #
 # ## Paper and ours
 #
@@ -487,13 +493,13 @@ print(table({name: cost(Reader(model, segments[name]).eval(), text, runs=3) for 
 # |---|---|---|
 # | linear attention | $\phi(x) = \text{elu}(x)+1$, no $1/\sqrt d$ | the same |
 # | linear attention | causal product in C++ and CUDA | chunks of 64 in PyTorch, the same hand-written gradient |
-# | Performer | projections drawn anew now and then | drawn once, in a buffer |
+# | Performer | projections drawn anew now and then | an argument; the caller draws them |
 # | Transformer-XL | one $u$ and $v$ for all layers in the released code | one per layer, as in XLNet |
 # | Transformer-XL | norm after each sum | our Transformer's `norm_first` decides |
-# | Compressive | learned compression, attention reconstruction | the same, and four other compressions |
+# | Compressive | five compressions; the loss is a sum of squares | the same five; the loss is a mean of squares |
 #
 # Transformer-XL's attention equals transformers' XLNet, read in one direction. Printed by Rae et al. 2019 for enwik8, bits per character, attention reconstruction with a convolution: 0.97 for the best model, against 0.99 for
-# Transformer-XL. Printed by Katharopoulos et al. 2020 for pictures of digits: 0.644 bits per dimension with linear attention, 0.621 with softmax. Our own numbers are about two tiny models and one task: see section 9.
+# Transformer-XL. Printed by Katharopoulos et al. 2020 for pictures of digits: 0.644 bits per dimension with linear attention, 0.621 with softmax. Our own numbers are about tiny models of two layers and one task: see section 9.
 #
 # ## Choose by cost
 #
@@ -530,7 +536,7 @@ print(table({name: cost(Reader(model, segments[name]).eval(), text, runs=3) for 
 # <details><summary>multiplying keys and values first</summary>Yes. The product does not contain the query, so it is made once.</details>
 # <details><summary>dropping the normaliser</summary>No. It is needed, and costs n d.</details><br>
 #
-# **2. Text twice as long. Per generated token, linear attention and a KV cache take**
+# **2. A long text gets twice as long. Per generated token, linear attention and a KV cache take**
 # <details><summary>the same, and twice the time</summary>Yes. One state of fixed size, against a list that has doubled.</details>
 # <details><summary>both twice the time</summary>No. The state does not grow.</details>
 # <details><summary>twice and four times</summary>No. Four times holds for a whole text, not for a token.</details><br>
@@ -547,7 +553,7 @@ print(table({name: cost(Reader(model, segments[name]).eval(), text, runs=3) for 
 #
 # **5. A model's loss on plain text hardly changes when its context is cut to 16 characters. So**
 # <details><summary>it has no memory</summary>Not shown. The measure cannot see a memory.</details>
-# <details><summary>this text, by this measure, cannot tell memories apart</summary>Yes. Most characters follow from the last few. Use a task that needs the memory.</details>
+# <details><summary>this text, by this measure, cannot tell memories apart</summary>Yes, for this model. Most of what it predicts follows from the last few characters. Use a task that needs the memory.</details>
 # <details><summary>longer contexts are useless</summary>No. On the second copy of a passage they decide everything.</details>
 #
 # ## Where next

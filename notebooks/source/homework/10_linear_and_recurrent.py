@@ -87,8 +87,8 @@ check("recurrent.linear_attention", linear_attention)
 #
 # *20 minutes, difficulty 2 of 5, core.*
 #
-# Causal: query $i$ sees the keys $j \le i$, itself included. No table of queries and keys is needed: keep the running sums of $\phi(k_j)\, v_j^\top$ and of $\phi(k_j)$. There is no padding. (A sum for every token at once is fine here. The library keeps one
-# for every 64 tokens.)
+# Causal: query $i$ sees the keys $j \le i$, itself included. No table of queries and keys is needed: keep the running sums of $\phi(k_j)\, v_j^\top$ and of $\phi(k_j)$. There is no padding. (A sum for every token at once is fine here. The library goes in chunks
+# of 64 tokens and keeps only the running sum.)
 
 # %% tags=["exercise"]
 def causal_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -139,13 +139,13 @@ check("recurrent.linear_step", linear_step)
 # Transformer-XL (Dai et al. 2019) computes scores for *distances*: column $c$ of `x` belongs to the distance `keys - 1 - c`, in every row. Attention needs them for *keys*. Query $i$ stands at key `keys - queries + i`, so its score with key $j$ is the one for distance
 # `keys - queries + i - j`. Move them there. Where $j$ lies in the future of $i$, put 0.
 #
-# An example with three queries and three keys. Every entry is its distance:
+# An example with three queries and three keys, every row of `x` the same:
 #
 # | | x | | | result | | |
 # |---|---|---|---|---|---|---|
-# | query 0 | 2 | 1 | 0 | 0 | | |
-# | query 1 | 2 | 1 | 0 | 1 | 0 | |
-# | query 2 | 2 | 1 | 0 | 2 | 1 | 0 |
+# | query 0 | 2.5 | 1.5 | 0.5 | 0.5 | 0 | 0 |
+# | query 1 | 2.5 | 1.5 | 0.5 | 1.5 | 0.5 | 0 |
+# | query 2 | 2.5 | 1.5 | 0.5 | 2.5 | 1.5 | 0.5 |
 
 # %% tags=["exercise"]
 def relative_shift(x: torch.Tensor) -> torch.Tensor:
@@ -207,7 +207,7 @@ check("recurrent.update_memories", update_memories)
 # A learned compression: compressed row $m$ is $\sum_r \text{kernel}_r \cdot \text{old}_{m c + r}$, with $c$ = `len(kernel)`. It should not change what attention finds. With
 # $\text{attn}(h, x) = \text{softmax}\big(h W_q (x W_k)^\top / \sqrt d\big)\, x W_v$, return
 #
-# $$\text{mean}\left(\text{attn}(h, \text{old}) - \text{attn}(h, \text{compressed})\right)^2$$
+# $$\text{mean}\left[\left(\text{attn}(h, \text{old}) - \text{attn}(h, \text{compressed})\right)^2\right]$$
 #
 # **Only the kernel may get a gradient** from this loss.
 
