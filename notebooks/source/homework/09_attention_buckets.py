@@ -141,7 +141,7 @@ check("buckets.combine_rounds", combine_rounds)
 # *20 minutes, difficulty 3 of 5, optional.*
 #
 # In Reformer a vector is query and key at once. The key has length 1. A token may attend to itself **only if there is nothing else**. The function below attends inside one chunk, with the future hidden. It looks right, and two things are wrong: one shows with a
-# single token, the other with two or three. Repair both.
+# single token, the other only with three or more. Repair both.
 
 # %% tags=["exercise"]
 def shared_attention(qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -245,7 +245,7 @@ def project_keys(
 check("buckets.project_keys", project_keys)
 
 # %% [markdown]
-# **Look back.** A text of 10 real tokens in a batch of length 500: how many of the `projected` keys still count in the softmax, and with which score?
+# **Look back.** A text of 10 real tokens in a batch of length 500, and mean pooling to 50 keys: how many of the keys are zeros, and which score do they get?
 
 # %% [markdown]
 # ## Exercise 8. Scores from two short factors
@@ -272,4 +272,4 @@ def factorized_scores(first: torch.Tensor, second: torch.Tensor, length: int) ->
 check("buckets.factorized_scores", factorized_scores)
 
 # %% [markdown]
-# **Look back.** 1,024 keys from $a = b = 32$: how many numbers does a query make, and how many different rows of scores can they form?
+# **Look back.** 1,024 keys from $a = b = 32$: how many numbers does a query make, and can they form every row of 1,024 scores?
