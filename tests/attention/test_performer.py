@@ -111,6 +111,7 @@ def test_the_variance_is_the_papers_and_orthogonal_rows_have_less():
     found = (independent - truth[:, None]).square().mean(1)
     short = together < 10  # the others' squares have too long a tail
     assert short.sum() >= 3
+    # a variance estimated from a sample
     torch.testing.assert_close(found[short], expected[short], rtol=0.1, atol=0)
     # not the gain of Eq. 10, which as printed makes the variance negative for k = -q, where it is 0
     less = (orthogonal - truth[:, None]).square().mean(1)

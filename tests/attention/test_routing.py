@@ -307,6 +307,7 @@ def test_the_counts_of_padding_alone_only_fade():
     centroids = Centroids(2, 3, 4)
     centroids.update_(random(2, 2, 5, 4), torch.zeros(2, 5, dtype=torch.bool))
     torch.testing.assert_close(centroids.counts, torch.full((2, 3), 0.999))
+    # the smoothing's part of 1e-5 again
     torch.testing.assert_close(centroids.means, Centroids(2, 3, 4).means, rtol=1e-4, atol=1e-4)
 
 

@@ -159,6 +159,11 @@ def rounds_with_nan(outputs, sizes):
     return torch.einsum("rl,rld->ld", F.softmax(sizes, dim=0), outputs)
 
 
+def rounds_by_plain_exponentials(outputs, sizes):
+    shares = torch.exp(sizes) / torch.exp(sizes).sum(0, keepdim=True)
+    return torch.einsum("rl,rld->ld", shares, outputs)
+
+
 def rounds_of_the_best(outputs, sizes):
     best = sizes.argmax(0)
     return torch.stack([outputs[best[i], i] for i in range(outputs.shape[1])])
@@ -291,6 +296,7 @@ WRONG_ANSWERS = [
     ("buckets.combine_rounds", rounds_added, "The rounds are added"),
     ("buckets.combine_rounds", rounds_weighted_over_tokens, "Weights over the tokens"),
     ("buckets.combine_rounds", rounds_with_nan, "NaN for a token without any key"),
+    ("buckets.combine_rounds", rounds_by_plain_exponentials, "The exponential overflows"),
     ("buckets.combine_rounds", rounds_of_the_best, "The largest round wins alone"),
     ("buckets.shared_attention", shared_self_forbidden, "Itself is forbidden with -inf"),
     ("buckets.shared_attention", shared_self_allowed, "Itself is allowed"),

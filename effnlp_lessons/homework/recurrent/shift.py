@@ -20,7 +20,7 @@ def relative_shift(x: Float[Tensor, "queries keys"]) -> Float[Tensor, "queries k
     return torch.where(column < keys, x.gather(1, column.clamp(max=keys - 1)), 0)
 
 
-def _shifted(by: Callable[[Tensor, int, int], Tensor], back: bool = False) -> Callable[[Tensor], Tensor]:
+def _shifted(by: Callable[[Tensor, int, int], Tensor]) -> Callable[[Tensor], Tensor]:
     def answer(x: Tensor) -> Tensor:
         queries, keys = x.shape
         column = torch.arange(keys) + by(torch.arange(queries)[:, None], queries, keys)
