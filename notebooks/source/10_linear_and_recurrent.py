@@ -419,9 +419,9 @@ if reveal("recurrent.copy") is not None:
 #
 # * **Softmax** copies from anywhere. It was trained for 600 steps, so the copy is not perfect.
 # * **The window** copies in part while the first copy is within 32 characters, and then not at all.
-# * **Linear attention** reaches the whole page and shows no sign of the copy: its loss is the same at every distance, and nearly that of its first copy. After this training no exact place can be read out of its one state.
+# * **Linear attention** reaches the whole page and gains less than a tenth of a nat over its own first copy, the same at every distance: a trace of the page, not a copy. After this training no exact place can be read out of its one state.
 # * **Transformer-XL** is about as good as softmax while the first copy lies in its 64 slots, and falls off a cliff behind them.
-# * **In the mean** Transformer-XL comes closest; from 96 characters on, Compressive does.
+# * **In the mean** Transformer-XL comes closest. At 96 characters compressive-2 does. Farther apart, no model but softmax copies.
 # * **Compressive** has half of the slots for exact rows, and is good within these. Behind them it keeps *something*: with two characters to a slot clearly, with four a little. In the same 64 slots Transformer-XL keeps more of the last 80 characters; Compressive keeps
 #   a trace of 96 or 160.
 #
