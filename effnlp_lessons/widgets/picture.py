@@ -18,6 +18,7 @@ import contextlib
 import copy
 import functools
 import html
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,9 @@ class Explorer(ipywidgets.VBox):
     For more than that there are `arrange()`, the rows of controls; `make_image(width, height)`, for a picture
     that takes the pointer (`painted_image`); `settle(name)`, called before the numbers, in which one control
     may change others; and `refresh()`, to be called when something else than a control has changed.
+
+    JupyterLab may deliver two messages of the page in two threads of the kernel at once (the first to the main
+    thread, later ones to a subshell), so one event waits for the other: the parts below hold one lock.
     """
 
     size: tuple[float, float] = (9.0, 3.6)
@@ -87,6 +91,7 @@ class Explorer(ipywidgets.VBox):
         self._numbers: dict[str, Any] = {}
         self._drawn_scene: tuple | None = None
         self._settling = False
+        self._turn = threading.RLock()
         self.refresh()
         for name, control in controls.items():
             control.observe(functools.partial(self._on_change, name), names="value")
@@ -166,36 +171,39 @@ class Explorer(ipywidgets.VBox):
     # ------------------------------------------------------------------------ the chain of one event
 
     def _on_change(self, name: str, change: dict) -> None:
-        if self._settling:
-            return
-        with self.still():
-            self.settle(name)
-        self.refresh()
+        with self._turn:
+            if self._settling:
+                return
+            with self.still():
+                self.settle(name)
+            self.refresh()
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
         """In this block a control may change without an event."""
-        self._settling = True
-        try:
-            yield
-        finally:
-            self._settling = False
+        with self._turn:
+            self._settling = True
+            try:
+                yield
+            finally:
+                self._settling = False
 
     def refresh(self) -> None:
         """Compute the numbers anew and show them."""
-        values = self.values
-        self._numbers = self.numbers(**values)
-        idle = self.idle(self._numbers)
-        for name, control in self.controls.items():
-            control.disabled = name in idle
-        scene = tuple(values[name] for name in self.scene)
-        if scene != self._drawn_scene:
-            self._draw_what_stays()
-            self._drawn_scene = scene
-        self._draw_what_moves()
-        self.image.show(png_bytes(np.asarray(self.figure.canvas.buffer_rgba())), self.alt)
-        words = html.escape(self.summary(self._numbers), quote=False)
-        self.line.value = f'<div style="line-height: 1.4">{words}</div>'
+        with self._turn:
+            values = self.values
+            self._numbers = self.numbers(**values)
+            idle = self.idle(self._numbers)
+            for name, control in self.controls.items():
+                control.disabled = name in idle
+            scene = tuple(values[name] for name in self.scene)
+            if scene != self._drawn_scene:
+                self._draw_what_stays()
+                self._drawn_scene = scene
+            self._draw_what_moves()
+            self.image.show(png_bytes(np.asarray(self.figure.canvas.buffer_rgba())), self.alt)
+            words = html.escape(self.summary(self._numbers), quote=False)
+            self.line.value = f'<div style="line-height: 1.4">{words}</div>'
 
     def _draw_what_stays(self) -> None:
         self.figure = new_figure(*self.size)

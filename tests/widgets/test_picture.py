@@ -2,6 +2,8 @@ import base64
 import io
 import subprocess
 import sys
+import threading
+import time
 
 import ipywidgets
 import matplotlib
@@ -177,6 +179,43 @@ def test_what_changes_in_a_still_block_is_shown_by_the_next_refresh(shown):
     assert probe.state["x"] == 2 and np.array_equal(shown(probe), before)
     probe.refresh()
     assert probe.state["x"] == 6 and not np.array_equal(shown(probe), before)
+
+
+def test_events_in_two_threads_wait_for_each_other(shown):
+    """Each thread stops inside its event, so that without a lock the other one draws into the same picture."""
+
+    class Slow(Probe):
+        inside, most = 0, 0
+
+        def draw(self, numbers):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.001)
+            super().draw(numbers)
+            self.inside -= 1
+
+    probe, expected = Slow(), Probe()
+
+    def settle_x():
+        for x in (7, 3, 6):
+            with probe.still():
+                set_values(probe, x=x)
+            probe.refresh()
+
+    def change_colour():
+        for _ in range(3):
+            set_values(probe, colour=style.VERMILION)
+            set_values(probe, colour=style.BLUE)
+        set_values(probe, colour=style.VERMILION)
+
+    threads = [threading.Thread(target=target) for target in (settle_x, change_colour)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    set_values(expected, x=6, colour=style.VERMILION)
+    assert probe.most == 1
+    assert probe.state == expected.state and np.array_equal(shown(probe), shown(expected))
 
 
 def test_a_subclass_may_bring_its_rows_and_its_image():
