@@ -26,7 +26,7 @@ from effnlp_lessons.studies.runner import load_results
 from effnlp_lessons.widgets.bit_budget_picture import AREA, BitBudgetPicture, in_three_digits, layer_at
 from effnlp_lessons.widgets.layer_mapping_explorer import in_words, ordinal
 from effnlp_lessons.widgets.painted_image import PaintedImage
-from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.picture import Explorer, in_turn
 
 CONTROLS = tuple(f"layer_{layer}" for layer in range(1, LAYERS + 1))
 
@@ -157,6 +157,7 @@ class BitBudgetExplorer(Explorer):
         else:
             self._put(value if name == "choice" and value is not None else self._bits)
 
+    @in_turn
     def act(self, events: list[list[Any]]) -> None:
         """What happened on the layers, as `PaintedImage` reports it."""
         with self.still():

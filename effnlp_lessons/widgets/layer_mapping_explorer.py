@@ -41,7 +41,7 @@ from effnlp_lessons.widgets.layer_mapping_picture import (
     teacher_row,
 )
 from effnlp_lessons.widgets.painted_image import PaintedImage
-from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.picture import Explorer, in_turn
 
 Scores = Mapping[Layers, Mapping[str, Sequence[float]]]
 
@@ -243,6 +243,7 @@ class LayerMappingExplorer(Explorer):
         else:
             self._put(STRATEGIES.get(value, self._mapping))
 
+    @in_turn
     def act(self, events: list[list[Any]]) -> None:
         """What happened on the layers, as `PaintedImage` reports it."""
         with self.still():

@@ -37,7 +37,7 @@ from effnlp_lessons.studies.lottery_tickets import (
 from effnlp_lessons.studies.runner import load_results
 from effnlp_lessons.widgets.lottery_ticket_picture import AREA, CHART, LABELS, SIDE, LotteryTicketPicture, x_of
 from effnlp_lessons.widgets.painted_image import PaintedImage
-from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.picture import Explorer, in_turn
 
 SHOWN = (TICKET, REDRAWN, SHUFFLED)
 TITLES = {
@@ -151,6 +151,7 @@ class LotteryTicketExplorer(Explorer):
 
     # ------------------------------------------------------------------------ pointer and keys
 
+    @in_turn
     def act(self, events: list[list[Any]]) -> None:
         """What happened on the upper chart, as `PaintedImage` reports it."""
         with self.still():

@@ -49,7 +49,7 @@ from effnlp_lessons.widgets.mask_numbers import (
 )
 from effnlp_lessons.widgets.mask_picture import CELLS, LABELS, LENS, MATRIX, MaskPicture, area_of, cell_of, pixels_of
 from effnlp_lessons.widgets.painted_image import PaintedImage
-from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.picture import Explorer, in_turn
 
 MOST_SPARSE = 99  # per cent
 STEP = 32  # weights that an arrow key moves the frame
@@ -174,6 +174,7 @@ class MaskExplorer(Explorer):
 
     # ------------------------------------------------------------------------ moving the frame
 
+    @in_turn
     def act(self, events: list[list[Any]]) -> None:
         """What happened on the matrix, as `PaintedImage` reports it."""
         shape = tuple(self._matrices[self.controls["matrix"].value].shape)

@@ -28,7 +28,7 @@ from effnlp_lessons.attention.patterns import captured_mass, output_error, pairs
 from effnlp_lessons.widgets.cost_explorer import format_seconds, percent
 from effnlp_lessons.widgets.painted_image import PaintedImage
 from effnlp_lessons.widgets.pattern_picture import LEFT, TOP, PatternPicture, cell_at, cell_pixels
-from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.picture import Explorer, in_turn
 from effnlp_lessons.widgets.reading import Reading, read_text
 
 TEXT = (
@@ -177,6 +177,7 @@ class PatternExplorer(Explorer):
         """The sheets for texts of this length, the first empty, the last the one that counts."""
         return self._sheets.setdefault(self.length, [self._empty()])
 
+    @in_turn
     def _change_sheets(self, change: Callable[[list[Mask]], Any]) -> None:
         change(self._drawn())
         self._message = ""
@@ -217,6 +218,7 @@ class PatternExplorer(Explorer):
 
     # ------------------------------------------------------------------------ painting
 
+    @in_turn
     def paint(self, events: list[list[Any]]) -> None:
         """What happened on the square, as `PaintedImage` reports it: strokes of the brush, keys at the cursor."""
         self._message = ""

@@ -19,7 +19,7 @@ import copy
 import functools
 import html
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets
@@ -47,6 +47,21 @@ class TitledImage(ipywidgets.Image):
             self.tooltip = alt
 
 
+def in_turn(method: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a method of an explorer that handles an event: it waits until the event before is done.
+
+    NOTE JupyterLab may deliver two messages of the page in two threads of the kernel at once: the first goes to the
+    main thread, later ones to a subshell. Without a lock one event then draws into the picture of the other.
+    """
+
+    @functools.wraps(method)
+    def waiting(self: Explorer, *args: Any) -> None:
+        with self._turn:
+            method(self, *args)
+
+    return waiting
+
+
 class Explorer(ipywidgets.VBox):
     """Base class. A subclass builds its controls, passes them to `__init__`, and defines:
 
@@ -66,10 +81,8 @@ class Explorer(ipywidgets.VBox):
 
     For more than that there are `arrange()`, the rows of controls; `make_image(width, height)`, for a picture
     that takes the pointer (`painted_image`); `settle(name)`, called before the numbers, in which one control
-    may change others; and `refresh()`, to be called when something else than a control has changed.
-
-    JupyterLab may deliver two messages of the page in two threads of the kernel at once (the first to the main
-    thread, later ones to a subshell), so one event waits for the other: the parts below hold one lock.
+    may change others; and `refresh()`, to be called when something else than a control has changed. A handler of
+    other events than those of controls is decorated with `in_turn`.
     """
 
     size: tuple[float, float] = (9.0, 3.6)
@@ -170,13 +183,13 @@ class Explorer(ipywidgets.VBox):
 
     # ------------------------------------------------------------------------ the chain of one event
 
+    @in_turn
     def _on_change(self, name: str, change: dict) -> None:
-        with self._turn:
-            if self._settling:
-                return
-            with self.still():
-                self.settle(name)
-            self.refresh()
+        if self._settling:
+            return
+        with self.still():
+            self.settle(name)
+        self.refresh()
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
@@ -188,22 +201,22 @@ class Explorer(ipywidgets.VBox):
             finally:
                 self._settling = False
 
+    @in_turn
     def refresh(self) -> None:
         """Compute the numbers anew and show them."""
-        with self._turn:
-            values = self.values
-            self._numbers = self.numbers(**values)
-            idle = self.idle(self._numbers)
-            for name, control in self.controls.items():
-                control.disabled = name in idle
-            scene = tuple(values[name] for name in self.scene)
-            if scene != self._drawn_scene:
-                self._draw_what_stays()
-                self._drawn_scene = scene
-            self._draw_what_moves()
-            self.image.show(png_bytes(np.asarray(self.figure.canvas.buffer_rgba())), self.alt)
-            words = html.escape(self.summary(self._numbers), quote=False)
-            self.line.value = f'<div style="line-height: 1.4">{words}</div>'
+        values = self.values
+        self._numbers = self.numbers(**values)
+        idle = self.idle(self._numbers)
+        for name, control in self.controls.items():
+            control.disabled = name in idle
+        scene = tuple(values[name] for name in self.scene)
+        if scene != self._drawn_scene:
+            self._draw_what_stays()
+            self._drawn_scene = scene
+        self._draw_what_moves()
+        self.image.show(png_bytes(np.asarray(self.figure.canvas.buffer_rgba())), self.alt)
+        words = html.escape(self.summary(self._numbers), quote=False)
+        self.line.value = f'<div style="line-height: 1.4">{words}</div>'
 
     def _draw_what_stays(self) -> None:
         self.figure = new_figure(*self.size)

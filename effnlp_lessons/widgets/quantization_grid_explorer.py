@@ -28,7 +28,7 @@ from torch import Tensor
 
 from effnlp_lessons.quantization.quantizers import LinearQuantizer, block_of, integer_range
 from effnlp_lessons.widgets.painted_image import PaintedImage
-from effnlp_lessons.widgets.picture import Explorer
+from effnlp_lessons.widgets.picture import Explorer, in_turn
 from effnlp_lessons.widgets.quantization_grid_numbers import Errors, bytes_on_disk, decibels, is_clipped, measure
 from effnlp_lessons.widgets.quantization_grid_picture import AREA, FARTHEST, QuantizationGridPicture, multiple_at
 
@@ -166,6 +166,7 @@ class QuantizationGridExplorer(Explorer):
 
     # ------------------------------------------------------------------------ moving the weight
 
+    @in_turn
     def act(self, events: list[list[Any]]) -> None:
         """What happened on the upper axis, as `PaintedImage` reports it."""
         place = self.controls["outlier"].value
