@@ -18,6 +18,7 @@ MODULES = {
     "movement": "movement",
     "buckets": "buckets",
     "recurrent": "recurrent",
+    "flash": "flash",
 }
 
 

@@ -22,7 +22,8 @@ from effnlp_lessons.widgets.style import BLUE, GREY, PALETTE, course_style, new_
 
 
 def show_source(item: Callable[..., Any]) -> None:
-    """Display the library's own source of a function or class, and where it stands."""
+    """Display the library's own source of a function, class or Triton kernel, and where it stands."""
+    item = getattr(item, "fn", item)  # a kernel keeps its function there
     place = f"{item.__module__.replace('.', '/')}.py"
     display(Markdown(f"`{place}`\n```python\n{inspect.getsource(item)}```"))
 

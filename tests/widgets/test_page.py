@@ -46,6 +46,12 @@ def test_source_is_the_librarys_own():
     assert text.startswith("`effnlp_lessons/measure.py`") and '"attention projections": 4 * length * d * d' in text
 
 
+def test_a_kernel_shows_its_source():
+    kernels = pytest.importorskip("effnlp_lessons.attention.flash_kernels", reason="Triton exists on Linux only")
+    _, _, text = displayed(lambda: show_source(kernels.delta_kernel))
+    assert text.startswith("`effnlp_lessons/attention/flash_kernels.py`") and "tl.sum(o * do, 1)" in text
+
+
 def test_bars_are_as_long_as_their_numbers():
     pixels, alt, caption = displayed(lambda: bars({"a": 1.0, "b": 3.0}, unit="million", caption="Look."))
     blue = (pixels == np.array([0x00, 0x72, 0xB2])).all(-1).sum(1)  # blue pixels in every row
