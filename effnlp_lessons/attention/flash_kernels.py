@@ -72,7 +72,8 @@ def _tiles(
 
     Row r of the block, first <= r <= last, needs the positions r + shift - BEFORE to r + shift + AFTER below `length`.
     Part 1 holds the tiles that every row needs whole, so that nothing is masked there. Parts 0 and 2 hold the tiles
-    cut by a limit or by the end, left and right of it. The tiles of a list (STARTS) are all in part 2.
+    cut by a limit or by the end, left and right of it. The tiles of a list (STARTS) are all in part 2. The limits of a
+    part that cannot exist are constants, so that the compiler drops its loop.
     """
     begin = 0
     end = 0
@@ -80,21 +81,19 @@ def _tiles(
         if part == 2:
             begin = tl.load(STARTS + block)
             end = tl.load(STARTS + block + 1)
-    else:
+    elif part != 0 or BEFORE >= 0:
         needed_begin = 0
-        whole_begin = 0
-        if BEFORE >= 0:
-            needed_begin = tl.maximum(first + shift - BEFORE, 0) // BLOCK
-            whole_begin = tl.cdiv(tl.maximum(last + shift - BEFORE, 0), BLOCK)
         needed_end = tl.cdiv(length, BLOCK)
+        whole_begin = 0
         whole_end = length // BLOCK
         if AFTER >= 0:
             needed_end = tl.minimum(needed_end, tl.cdiv(tl.maximum(last + shift + AFTER + 1, 0), BLOCK))
             whole_end = tl.minimum(whole_end, tl.maximum(first + shift + AFTER + 1, 0) // BLOCK)
-        # a block that needs nothing, or nothing whole, has empty parts
-        needed_end = tl.maximum(needed_end, needed_begin)
-        whole_begin = tl.minimum(whole_begin, needed_end)
-        whole_end = tl.maximum(whole_end, whole_begin)
+        if BEFORE >= 0:
+            # a block that needs nothing, or nothing whole, has empty parts
+            needed_begin = tl.minimum(tl.maximum(first + shift - BEFORE, 0) // BLOCK, needed_end)
+            whole_begin = tl.minimum(tl.cdiv(tl.maximum(last + shift - BEFORE, 0), BLOCK), needed_end)
+            whole_end = tl.maximum(whole_end, whole_begin)
         if part == 0:
             begin = needed_begin
             end = whole_begin

@@ -91,14 +91,15 @@ class _Problem(NamedTuple):
 
 
 def default_tiles(d_head: int, dtype: torch.dtype, block_sparse: bool = False) -> Tiles:
-    """Tiles whose compiled code keeps everything in registers on A100 and H100, float32 of d_head > 32 excepted.
+    """Tiles whose compiled code keeps everything in registers on A100 and H100, float32 excepted.
 
     Chosen from the machine code, not by timing. With `block_sparse` each divides the 64 x 64 block of a mask.
+    float64, for the interpreter, has those of float32.
     """
     if dtype in (torch.float32, torch.float64):
         small = TileSize(32, 32, num_warps=4 if d_head <= 64 else 8)
         return Tiles(small, small, small)
-    forward = TileSize(64 if block_sparse else 128, 32, num_warps=8)
+    forward = TileSize(64, 32, num_warps=4) if block_sparse else TileSize(128, 32, num_warps=8)
     dq = TileSize(64, 32, num_warps=4) if d_head <= 64 else TileSize(64, 64, num_warps=8)
     return Tiles(forward, dq, dkdv=TileSize(32, 64, num_warps=8))
 

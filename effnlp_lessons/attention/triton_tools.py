@@ -6,7 +6,7 @@ can compile, interpret and compile again. `Traffic` counts bytes and products, a
 same address. The notebook counts with it what FlashAttention moves between the two memories.
 
 NOTE the interpreter alone computes bfloat16 with the bits of integers, silently. Here loads, stores, casts and
-`tl.dot` are right to the bit, and other arithmetic raises: on real hardware a kernel would cast to float32 as well.
+operands of `tl.dot` are right to the bit, and other arithmetic raises: a kernel casts to float32 first.
 NOTE the interpreter alone ignores `input_precision`. Here "tf32" rounds both factors of a float32 `tl.dot` to 10 bits
 behind the point, and "tf32x3" adds three products of such parts. Sums are in float32, in numpy's order.
 NOTE the interpreter alone reads any address. Here an address outside the kernel's tensors raises `OutOfBounds`.

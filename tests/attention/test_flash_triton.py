@@ -273,6 +273,25 @@ def test_strided_inputs_and_gradients():
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
+def test_offsets_beyond_32_bits(tmp_path):
+    """The third head starts behind number 2**31. Files with holes stand for the tensors: they take no room."""
+    heads, length, d_head = 3, 2**26 + 32, 16
+
+    def hollow(name, *shape, dtype=torch.float16):
+        return torch.from_file(str(tmp_path / name), shared=True, size=math.prod(shape), dtype=dtype).view(1, *shape)
+
+    x, output = hollow("x", heads, length, d_head), hollow("o", heads, length, d_head)
+    lse = hollow("lse", heads, length, dtype=torch.float32)
+    x[:, :, :32] = torch.arange(1.0, heads + 1)[:, None, None]
+    few = torch.empty(1, heads, 32, d_head, dtype=torch.float16)
+    launch = launches(few, few, few, window=0, tiles=SQUARE)[0]
+    launch.arguments.update(Q=x, K=x, V=x, O=output, LSE=lse, queries=length, keys=length)
+    with interpreting(flash_kernels):
+        launch._replace(grid=(1, heads, 1)).run()
+    assert torch.equal(output[:, :, :32], x[:, :, :32])  # every query sees its own key alone
+    assert (output[:, :, 32:64] == 0).all()
+
+
 # ------------------------------------------------------------------------------------------ bytes and FLOPs
 
 SETTINGS = [

@@ -166,9 +166,9 @@ def test_every_kernel_passes():
     command = [sys.executable, "-m", "effnlp_lessons.attention.triton_offline"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert all(row["violations"] == [] for row in rows)
+    assert [row for row in rows if row["violations"]] == []
+    assert done.returncode == 0, done.stderr[-2000:]
 
     def compiled(*names, pattern):
         return {tuple(row[name] for name in names) for row in rows if row["pattern"] == pattern}
