@@ -7,8 +7,8 @@ tiles in plain PyTorch, which writes no such matrix but pays Python for every ti
 full and causal. A fourth part, forward only: causal attention with a sliding window through compiled FlexAttention,
 which skips the tiles that no query sees, beside the fused kernel with the same window as a mask.
 
-One text, 4 heads of 64 channels, float32. On one thread a time is the thread's own; on two it is the clock on the wall,
-so that a recording needs an idle machine. Memory is what torch's allocator held at most, beyond the inputs.
+One text, 4 heads of 64 channels, float32, one thread, whose own time is taken. Memory is what torch's allocator held at
+most, beyond the inputs.
 
 NOTE torch's separate steps do more than the textbook's, to be safe for rows without any key. For full attention
 `dense_attention` is the faster of the two, and the rival that counts.
@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from effnlp_lessons.attention.flash import tiled_attention
 from effnlp_lessons.dense_attention import dense_attention
-from effnlp_lessons.measure import latencies, peak_memory
+from effnlp_lessons.measure import peak_memory
 from effnlp_lessons.studies.pruning_costs import in_turns
 from effnlp_lessons.studies.runner import Outcome, Study
 
@@ -157,37 +157,28 @@ def window_calls(length: int, window: int, seed: int) -> dict[str, Callable[[], 
 
 
 def run(setting: dict[str, Any], seed: int) -> Outcome:
-    """Time everything in turns at each of `setting["lengths"]`, `setting["runs"]` rounds on `setting["threads"]`.
+    """Time everything in turns at each of `setting["lengths"]`, `setting["runs"]` rounds, on one thread.
 
     Numbers: "seconds", {column: {form: [[median, lower quartile, upper quartile] at each length]}}, and "bytes",
     {column: {form: [largest number of bytes held at each length]}}, for the columns of `COLUMNS`; with
     `setting["window"]`, a number of keys, also for `WINDOW`, where FlexAttention may be "not available".
     """
-    threads, window = setting["threads"], setting["window"]
+    window = setting["window"]
     seconds: dict[str, dict[str, list]] = {}
     peaks: dict[str, dict[str, list[int]]] = {}
 
     def add(column: str, calls: Mapping[str, Callable[[], Any]]) -> None:
-        timed = (
-            in_turns(calls, setting["runs"], seed, warmup=1)
-            if threads == 1
-            else latencies(dict(calls), setting["runs"], warmup=1)
-        )
+        timed = in_turns(calls, setting["runs"], seed, warmup=1)
         for form, timing in timed.items():
             times = [round(t, 7) for t in (timing.median, timing.low, timing.high)]
             seconds.setdefault(column, {}).setdefault(form, []).append(times)
             peaks.setdefault(column, {}).setdefault(form, []).append(peak_memory(calls[form]))
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for length in setting["lengths"]:
-            for column in COLUMNS:
-                add(column, calls_of(column, length, seed))
-            if window is not None:
-                add(WINDOW, window_calls(length, window, seed))
-    finally:
-        torch.set_num_threads(before)
+    for length in setting["lengths"]:
+        for column in COLUMNS:
+            add(column, calls_of(column, length, seed))
+        if window is not None:
+            add(WINDOW, window_calls(length, window, seed))
     if window is not None and FLEX not in seconds[WINDOW]:
         seconds[WINDOW][FLEX] = peaks[WINDOW][FLEX] = NOT_AVAILABLE
     return Outcome({"seconds": seconds, "bytes": peaks})
@@ -196,16 +187,13 @@ def run(setting: dict[str, Any], seed: int) -> Outcome:
 # ------------------------------------------------------------------------------------- what was recorded
 
 
-def runs_of(summary: Mapping[str, Any], column: str, threads: int = 1) -> list[Mapping[str, Any]]:
-    """The runs on this number of threads.
+def runs_of(summary: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    """The runs, each with this column.
 
     Raises:
-        ValueError: a column or a number of threads that was not recorded.
+        ValueError: a column that was not recorded.
     """
-    runs = [run for run in summary["runs"] if run["setting"]["threads"] == threads]
-    if not runs:
-        recorded = sorted({run["setting"]["threads"] for run in summary["runs"]})
-        raise ValueError(f"threads must be one of {recorded}, got {threads}")
+    runs = summary["runs"]
     if column not in runs[0]["seconds"]:
         raise ValueError(f"column must be one of {sorted(runs[0]['seconds'])}, got {column!r}")
     return runs
@@ -221,9 +209,9 @@ def available(rows: Any) -> bool:
     return rows != NOT_AVAILABLE
 
 
-def seconds_of(summary: Mapping[str, Any], column: str, threads: int = 1) -> dict[str, list[float]]:
+def seconds_of(summary: Mapping[str, Any], column: str) -> dict[str, list[float]]:
     """{form: seconds at each length}, the median of the runs' medians; without forms that were not available."""
-    runs = [run["seconds"][column] for run in runs_of(summary, column, threads)]
+    runs = [run["seconds"][column] for run in runs_of(summary, column)]
     return {
         form: [median(run[form][i][0] for run in runs) for i in range(len(rows))]
         for form, rows in runs[0].items()
@@ -231,9 +219,9 @@ def seconds_of(summary: Mapping[str, Any], column: str, threads: int = 1) -> dic
     }
 
 
-def bytes_of(summary: Mapping[str, Any], column: str, threads: int = 1) -> dict[str, list[int]]:
+def bytes_of(summary: Mapping[str, Any], column: str) -> dict[str, list[int]]:
     """{form: most bytes held at each length}, the largest of the runs; without forms that were not available."""
-    runs = [run["bytes"][column] for run in runs_of(summary, column, threads)]
+    runs = [run["bytes"][column] for run in runs_of(summary, column)]
     return {
         form: [max(run[form][i] for run in runs) for i in range(len(rows))]
         for form, rows in runs[0].items()
@@ -242,7 +230,7 @@ def bytes_of(summary: Mapping[str, Any], column: str, threads: int = 1) -> dict[
 
 
 def ratios(
-    summary: Mapping[str, Any], column: str, form: str, to: str, threads: int = 1, to_column: str | None = None
+    summary: Mapping[str, Any], column: str, form: str, to: str, to_column: str | None = None
 ) -> list[tuple[float, float, float]]:
     """At each length, how many times as long as `to` a form takes: (median of the runs, smallest, largest).
 
@@ -252,7 +240,7 @@ def ratios(
         ValueError: what was not recorded or not available.
     """
     found = []
-    for run in runs_of(summary, column, threads):
+    for run in runs_of(summary, column):
         first, second = run["seconds"][column].get(form, NOT_AVAILABLE), run["seconds"][to_column or column].get(to)
         if not available(first) or second is None or not available(second):
             raise ValueError(f"{form!r} and {to!r} must have been recorded for {column!r}")
@@ -267,19 +255,13 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 
 LENGTHS = [256, 512, 1_024, 2_048, 4_096]
 # a few seconds, for a notebook
-LIVE = {"lengths": [256, 1_024], "runs": 3, "threads": 1, "window": None}
+LIVE = {"lengths": [256, 1_024], "runs": 3, "window": None}
 STUDY = Study(
     name="fused_attention",
     question="What does one fused kernel save of attention's time and memory on a CPU, and what do skipped tiles save?",
     run=run,
-    recorded=(
-        {"lengths": LENGTHS, "runs": 4, "threads": 1, "window": 256},
-        {"lengths": LENGTHS, "runs": 3, "threads": 2, "window": None},
-    ),
-    full=(
-        {"lengths": [*LENGTHS, 8_192], "runs": 15, "threads": 1, "window": 256},
-        {"lengths": [*LENGTHS, 8_192], "runs": 15, "threads": 2, "window": None},
-    ),
+    recorded=({"lengths": LENGTHS, "runs": 4, "window": 256},),
+    full=({"lengths": [*LENGTHS, 8_192], "runs": 15, "window": 256},),
     seeds=(0, 1, 2),
     minutes=8,
     threads=1,

@@ -70,14 +70,10 @@ def test_every_form_of_the_window_sees_the_same_keys(monkeypatch, window):
         torch.testing.assert_close(calls[form]().double(), truth, rtol=0, atol=1e-5, msg=form)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_small_run_has_every_number(monkeypatch, threads):
+def test_a_small_run_has_every_number(monkeypatch):
     monkeypatch.setattr(study, "has_compiler", lambda: False)
-    asked = []  # two threads on a busy machine wait for each other, so they are not started here
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    setting = {"lengths": [64, 128], "runs": 2, "threads": threads, "window": 16}
+    setting = {"lengths": [64, 128], "runs": 2, "window": 16}
     numbers = study.run(setting, seed=0).numbers
-    assert asked == [threads, torch.get_num_threads()]
     assert set(numbers["seconds"]) == set(numbers["bytes"]) == {*COLUMNS, WINDOW}
     for column in COLUMNS:
         assert set(numbers["seconds"][column]) == set(numbers["bytes"][column]) == {FUSED, UNFUSED, DENSE, OURS}
@@ -88,10 +84,10 @@ def test_a_small_run_has_every_number(monkeypatch, threads):
             assert 0 < sizes[0] < sizes[1]
     assert numbers["seconds"][WINDOW][FLEX] == numbers["bytes"][WINDOW][FLEX] == NOT_AVAILABLE
     summary = {"runs": [{"setting": setting} | numbers]}
-    assert FLEX not in study.seconds_of(summary, WINDOW, threads)
-    assert FLEX not in study.bytes_of(summary, WINDOW, threads)
+    assert FLEX not in study.seconds_of(summary, WINDOW)
+    assert FLEX not in study.bytes_of(summary, WINDOW)
     with pytest.raises(ValueError, match="must have been recorded"):
-        study.ratios(summary, WINDOW, FLEX, MASKED, threads)
+        study.ratios(summary, WINDOW, FLEX, MASKED)
 
 
 def test_unfused_steps_hold_tables_of_length_by_length_and_tiles_do_not():
@@ -104,23 +100,22 @@ def test_unfused_steps_hold_tables_of_length_by_length_and_tiles_do_not():
 
 
 def test_ratios_are_taken_within_a_run():
-    def run(slow, threads):
+    def run(slow):
         full = {FUSED: [[slow, 0, 0], [4 * slow, 0, 0]], UNFUSED: [[3 * slow, 0, 0], [20 * slow, 0, 0]]}
         causal = {form: [[0.5 * row[0], 0, 0] for row in rows] for form, rows in full.items()}
         sizes = {FUSED: [10, 20], UNFUSED: [100, 400]}
         return {
-            "setting": {"threads": threads, "lengths": [8, 16]},
+            "setting": {"lengths": [8, 16]},
             "seconds": {"forward, full": full, "forward, causal": causal},
             "bytes": {"forward, full": sizes},
         }
 
-    summary = {"runs": [run(1.0, 1), run(4.0, 1), run(2.0, 1), run(8.0, 2)]}
+    summary = {"runs": [run(1.0), run(4.0), run(2.0)]}
     kept = copy.deepcopy(summary)
     assert study.lengths_of(summary) == [8, 16]
     assert study.ratios(summary, "forward, full", UNFUSED, FUSED) == [(3,) * 3, (5,) * 3]
     assert study.ratios(summary, "forward, causal", FUSED, FUSED, to_column="forward, full") == [(0.5,) * 3] * 2
     assert study.seconds_of(summary, "forward, full")[FUSED] == [2, 8]
-    assert study.seconds_of(summary, "forward, full", threads=2)[FUSED] == [8, 32]
     sizes = study.bytes_of(summary, "forward, full")
     assert study.exponent([8, 16], sizes[FUSED]) == pytest.approx(1)
     assert study.exponent([8, 16], sizes[UNFUSED]) == pytest.approx(2)
@@ -128,9 +123,7 @@ def test_ratios_are_taken_within_a_run():
 
 
 def test_what_was_not_recorded_is_refused_by_name():
-    summary = {"runs": [{"setting": {"threads": 1, "lengths": []}, "seconds": {"forward, full": {}}}]}
-    with pytest.raises(ValueError, match=r"threads must be one of \[1\], got 2"):
-        study.seconds_of(summary, "forward, full", threads=2)
+    summary = {"runs": [{"setting": {"lengths": []}, "seconds": {"forward, full": {}}}]}
     with pytest.raises(ValueError, match="column must be one of .*, got 'backward'"):
         study.seconds_of(summary, "backward")
     with pytest.raises(ValueError, match="column must be one of .*, got 'backward'"):
@@ -149,11 +142,10 @@ def recorded():
     return load_results("fused_attention")
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("column", COLUMNS)
-def test_recorded_the_fused_kernel_is_faster_than_separate_steps(recorded, column, threads):
+def test_recorded_the_fused_kernel_is_faster_than_separate_steps(recorded, column):
     for rival in (UNFUSED, DENSE):
-        assert study.ratios(recorded, column, rival, FUSED, threads)[-1][1] > 1.5  # in every run
+        assert study.ratios(recorded, column, rival, FUSED)[-1][1] > 1.5  # in every run
 
 
 @pytest.mark.parametrize("column", COLUMNS)
