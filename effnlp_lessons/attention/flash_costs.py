@@ -3,7 +3,7 @@
 A chip has a large slow memory and a small fast one. Standard attention writes the table of scores to the slow memory,
 reads it for the softmax, writes the weights and reads them again: 4 n² numbers beside Q, K, V and O. FlashAttention
 keeps a tile of scores in the fast memory and reads K and V once for every block of queries instead:
-    bytes = itemsize (2 n d + ceil(n / block_queries) 2 n d) + 4 n        n² d / block_queries numbers, and no n²
+    bytes = itemsize (2 n d + ceil(n / block_queries) 2 n d) + 4 n        about 2 n² d / block_queries numbers, not 4 n²
 With M bytes of fast memory block_queries ~ M / d, hence n² d² / M (arXiv 2205.14135, Theorem 2). Below a certain
 block_queries this is more than standard attention moves. The loops are those of FlashAttention-2 (2307.08691).
 

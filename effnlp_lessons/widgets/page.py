@@ -6,6 +6,7 @@ Every function displays one thing, with alt text, in the course's style. The num
 from __future__ import annotations
 
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -73,8 +74,9 @@ def lines(
         axes.set_xticks(ticks, [f"{value:,g}" for value in ticks])
         axes.minorticks_off()
         values = [value for runs in series.values() for run in runs for value in run]
-        if max(values) < 10 * min(values):  # less than a decade: powers of ten alone would be too few ticks
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        decades = math.log10(max(values) / min(values))
+        if decades < 1.5:  # powers of ten alone would be too few ticks
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)))
             axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.legend()
     ends = ", ".join(
@@ -192,8 +194,11 @@ def images(pictures: dict[str, UInt8[Tensor, "height width"]], caption: str) -> 
     show(figure, alt=f"Small pictures: {', '.join(pictures)}.", caption=caption)
 
 
-def pattern_maps(masks: dict[str, Bool[Tensor, "queries keys"]], caption: str) -> None:
+def pattern_maps(masks: dict[str, Bool[Tensor, "queries keys"]], caption: str, unit: str = "pairs") -> None:
     """Display one square per mask: rows are queries, columns keys, dark may attend; above it the share of pairs.
+
+    Args:
+        unit: what an entry of a mask stands for.
 
     Raises:
         ValueError: no masks, or one that is not bool and two-dimensional.
@@ -215,7 +220,7 @@ def pattern_maps(masks: dict[str, Bool[Tensor, "queries keys"]], caption: str) -
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(True)
             axes.grid(visible=False)
-    shares = ", ".join(f"{name} {_percent(mask)} of all pairs" for name, mask in masks.items())
+    shares = ", ".join(f"{name} {_percent(mask)} of all {unit}" for name, mask in masks.items())
     show(figure, alt=f"Masks, queries down and keys across: {shares}.", caption=caption)
 
 

@@ -40,7 +40,7 @@
 # ## 1. The table that nobody asked for
 #
 # Attention reads queries, keys and values, and returns as many numbers as there are values. Between them stands a table of $n \times n$ scores. Here is its size beside everything else, for one layer of
-# MiniLM (12 heads of 32 channels).
+# MiniLM (12 heads of 32 channels, float32).
 
 # %% tags=["nbval-check-output"]
 for n in (128, 512, 2_048, 8_192):
@@ -50,7 +50,7 @@ for n in (128, 512, 2_048, 8_192):
 # %% [markdown]
 # The plain way writes the table, reads it for the softmax, writes the weights, and reads them again for the product with V: four trips.
 #
-# A chip has two memories. A large, slow one far away (on a GPU **HBM**, on a laptop RAM) and a small, fast one beside the arithmetic (**SRAM**: shared memory, caches). For an A100 the FlashAttention paper names
+# A chip has two memories. A large, slow one far away (on a GPU **HBM**, high-bandwidth memory; on a laptop RAM) and a small, fast one beside the arithmetic (**SRAM**: shared memory, caches). For an A100 the FlashAttention paper names
 # 40 to 80 GB at 1.5 to 2.0 TB/s against 192 KB per multiprocessor, all 108 together at about 19 TB/s. So let us count bytes that cross.
 
 # %% tags=["nbval-check-output"]
@@ -63,7 +63,7 @@ for n in (128, 512, 2_048, 8_192):
     print(f"{n:5} tokens: moved {moved / 2**20:7.1f} MiB, needed {needed / 2**20:5.2f}; {flops / moved:4.1f} operations per byte")
 
 # %% [markdown]
-# One head of 64 channels in float16. An A100 can do about 156 half-precision operations in the time of one byte from HBM (312 TFLOP/s against 2.0 TB/s). The plain way offers 32 at most, however long the text. The arithmetic waits.
+# One head of 64 channels in float16. A multiplication and an addition are two operations. An A100 can do about 156 half-precision operations in the time of one byte from HBM (312 TFLOP/s against 2.0 TB/s). The plain way offers 32 at most, however long the text. The arithmetic waits.
 #
 # Could the table be used while it is made, and never be written? The softmax stands in the way. It needs the sum of a whole row before it can give the first weight.
 
@@ -75,7 +75,7 @@ for n in (128, 512, 2_048, 8_192):
 #
 # $$m' = \max(m, \max s) \qquad \ell' = e^{m - m'}\, \ell + \sum e^{s - m'} \qquad \tilde o' = e^{m - m'}\, \tilde o + e^{s - m'} V$$
 #
-# At the end $o = \tilde o / \ell$. The paper on online softmax keeps $m$ and $\ell$. FlashAttention adds $\tilde o$.
+# At the end $o = \tilde o / \ell$. The paper on online softmax keeps $m$ and $\ell$. FlashAttention keeps $\tilde o$ with them.
 
 # %%
 from effnlp_lessons.attention.flash import online_softmax_step
@@ -109,23 +109,23 @@ for piece, rows in zip(scores.split(64), values.split(64), strict=True):
     before = m
     m, total, o = online_softmax_step(m, total, o, piece[None], rows)
     print(f"maximum {m.item():6.2f}, what was kept is multiplied by {(before - m).exp().item():.3f}, sum {total.item():6.2f}")
-print("equal to the softmax of the whole row:", torch.allclose(o / total[:, None], (scores.softmax(-1) @ values)[None], atol=1e-12))
+print("equal to the softmax of the whole row:", torch.allclose(o / total[:, None], (scores.softmax(-1) @ values)[None], rtol=0, atol=1e-12))
 
 # %% [markdown]
-# The first factor is 0, since nothing was kept yet. It is 1 whenever the maximum stays, and never more: what was weighed by $e^{s-m}$ must become $e^{s-m'}$, and $m' \ge m$. (FlashAttention-2 prints its inverse in line 10 of
-# Algorithm 1. Copied to the letter, that lets old keys grow. A wrong answer of the homework does.)
+# The first factor is 0, since nothing was kept yet. Later it is 1 whenever the maximum stays, and never above 1: what was weighed by $e^{s-m}$ must become $e^{s-m'}$, and $m' \ge m$. (FlashAttention-2 prints its inverse in line 10 of
+# Algorithm 1. Copied to the letter, that gives NaN at the first piece, and old keys that grow at later ones. Two wrong answers of the homework do this.)
 #
 # ## 3. Attention in tiles (Dao et al. 2022, Dao 2023)
 #
 # Now for many queries at once. Cut the queries into blocks of $B_r$ rows and the keys into blocks of $B_c$. A **tile** is $B_r \times B_c$ scores.
 #
 # 1. Load one block of queries.
-# 2. Load one block of keys and values. Compute the tile, take it into $m$, $\ell$ and $\tilde o$, forget it.
-# 3. When all keys have come by, divide by $\ell$ and write the output, and one number a row: $\text{LSE} = m + \log \ell$.
+# 2. Load one block of keys and values. Compute the tile, update $m$, $\ell$ and $\tilde o$ with it as in section 2, then discard it.
+# 3. When all keys have come by, divide by $\ell$ and write the output, and one number a row: $\text{LSE} = m + \log \ell$, the log-sum-exp of its scores. The backward pass needs it (section 7).
 #
-# Blocks of queries do not need each other: a GPU works on all of them at once. `flash_forward` does the same in plain PyTorch.
+# Blocks of queries do not need each other: a GPU works on as many at once as it has room for. `flash_forward` does the same in plain PyTorch.
 #
-# **Predict first.** Sums in another order are rounded in another way. In float32, how does the output differ from dense attention's?
+# **Predict first.** In float32, how does the output differ from dense attention's?
 # (`flash.exact`: "not at all", "in the last digits", "by a few per cent")
 
 # %%
@@ -142,14 +142,14 @@ if (guess := reveal("flash.exact")) is not None:
     truth = dense_attention(q.double(), k.double(), v.double())
     dense, tiles = dense_attention(q, k, v), flash_forward(q, k, v)[0]
     size = truth.abs().mean()
-    print(f"all 72 heads, in units of the mean output: tiles differ from dense by {(tiles - dense).abs().max() / size:.1e} at most")
+    print(f"all 72 heads, in units of the mean absolute output: tiles differ from dense by {(tiles - dense).abs().max() / size:.1e} at most")
     print(f"error against float64: dense {(dense - truth).abs().max() / size:.1e}, tiles {(tiles - truth).abs().max() / size:.1e}")
     print("Your guess:", guess)
 
 # %% [markdown]
-# <details><summary><b>After your guess: neither is exact</b></summary>
+# <details><summary><b>After your guess: why both are off</b></summary>
 #
-# In the last digits. Float32 rounds after every step, in either order. Measured against float64, both are off by about as much. In float64 the two agree to twelve digits, whatever the tiles: below. *Exact* means that no pair is left out and nothing is approximated. It does not mean the same bits.
+# In the last digits. Float32 rounds after every step, and sums in another order are rounded in another way. Measured against float64, both are off by about as much. In float64 the two agree to twelve digits, whatever the tiles: below. *Exact* means that no pair is left out and nothing is approximated. It does not mean the same bits.
 # </details>
 
 # %% tags=["nbval-check-output"]
@@ -161,7 +161,7 @@ from effnlp_lessons.attention.guard import largest_storage
 part = [x[2:3].double() for x in (q, k, v)]
 for block_queries, block_keys in ((64, 64), (16, 128), (100, 7), (512, 512)):
     tiles, lse = flash_forward(*part, block_queries=block_queries, block_keys=block_keys)
-    same = torch.allclose(tiles, dense_attention(*part), atol=1e-12)
+    same = torch.allclose(tiles, dense_attention(*part), rtol=0, atol=1e-12)
     method = partial(tiled_attention, block_queries=block_queries, block_keys=block_keys)
     print(f"tiles of {block_queries:3} x {block_keys:3}: equal in float64 {same}, largest tensor {largest_storage(method, *part):9,} numbers")
 print(f"dense:                                 largest tensor {largest_storage(dense_attention, *part):9,} numbers")
@@ -178,7 +178,7 @@ print("MiniLM with attention in tiles gives the same hidden states:", torch.allc
 # %% [markdown]
 # ## 4. Step through the tiles
 #
-# One head with made-up numbers, 64 queries and 64 keys. Each rectangle is a tile. A row of them is one **program**, the worker of one block of queries. The trace is real: it was recorded while the Triton kernel of section 8 ran.
+# One head with made-up numbers, 64 queries and 64 keys. Each rectangle is a tile. A row of them is one **program**, the worker of one block of queries. The trace is real: it was recorded while the Triton kernel of section 8 ran (without Triton, the version in PyTorch).
 #
 # Try this:
 #
@@ -198,8 +198,8 @@ FlashExplorer()
 #
 # $$\text{bytes} = b\left(2nd + \lceil n / B_r \rceil \cdot 2nd\right) + 4n$$
 #
-# The last term is LSE. There is no $n^2$ in it, and no $B_c$. So tall tiles save traffic. How tall can they be? Everything that is alive must fit into the fast memory: with room for $M$ numbers, $B_r$ is about $M / d$, and the traffic about $n^2 d^2 / M$. The paper proves that for exact attention no
-# algorithm can do better at all sizes of $M$.
+# The last term is LSE. The traffic still grows with $n^2$, as $2n^2d/B_r$ numbers, where the plain way has $4n^2$. $B_c$ does not occur. So tall tiles save traffic. How tall can they be? Everything that is alive must fit into the fast memory: with room for $M$ numbers, $B_r$ is about $M / d$, and the traffic about $n^2 d^2 / M$. The paper proves that no exact
+# algorithm can have a smaller order of traffic for all $M$ between $d$ and $nd$.
 #
 # Standard attention moves $b\,(4n^2 + 4nd)$. **Predict first.** 512 tokens, 64 channels, float16. How many queries must a tile have at least, in powers of two, so that tiles move fewer bytes than the plain way?
 # (`flash.small_sram`)
@@ -220,20 +220,20 @@ if (guess := reveal("flash.small_sram")) is not None:
         standard = flash_traffic.numbers_at(traffic, n)["standard"]
         counted = flash_traffic.by_block(traffic, n)
         print(f"{n} tokens: plain {standard:9,} bytes; tiles " + ", ".join(f"{rows}: {moved:,}" for rows, moved in counted.items()))
-    rows, counted = list(counted), list(counted.values())
-    lines(rows, {"tiles, counted": [counted], "plain way": [[standard] * len(rows)]}, x_label="queries in a tile", y_label="bytes moved",
+    rows, counted = list(counted), [moved / 2**20 for moved in counted.values()]
+    lines(rows, {"tiles, counted": [counted], "plain way": [[standard / 2**20] * len(rows)]}, x_label="queries in a tile", y_label="MiB moved",
           caption="Recorded (`flash_traffic`), 512 tokens, forward pass, counted access by access while the Triton kernel ran. Where the curve lies above the line, tiles move more than the plain way.")
     print("Your guess:", guess, "queries")
 
 # %% [markdown]
-# <details><summary><b>After your guess: tiling can lose</b></summary>
+# <details><summary><b>After your guess: when tiles pay</b></summary>
 #
-# 32. With 16 queries a tile, 32 blocks read all keys and values 32 times: 4.3 MB against 2.4 MB for the table. From 32 queries on tiles win, a little; every doubling then nearly halves the traffic. FlashAttention is an algorithm for chips with enough fast memory. This is the reason it came in 2022 for A100s and not for everything.
+# 32. With 16 queries a tile, 32 blocks read all keys and values 32 times: 4.3 MB against 2.4 MB for the plain way. From 32 queries on tiles win, a little. Every doubling then nearly halves the traffic, ever less nearly, since queries and output move anyway. Tiles win only if enough queries fit into the fast memory.
 # </details>
 #
-# The same against the size of the fast memory. A tile must fit with its queries, keys, values, scores and sums. The paper's law says: traffic falls like $M^{-1}$.
+# The same against the size of the fast memory. A tile must fit with its queries, keys, values, scores, unfinished output, maxima and sums. The paper's law says: traffic falls like $M^{-1}$.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["reveal"]
 sizes = [2**i for i in range(14, 20)]
 points = flash_traffic.against_sram(sizes, length=8_192)
 for point in points:
@@ -244,7 +244,8 @@ print(f"measured exponent: {flash_traffic.exponent(points):.2f} with the course'
       f"{flash_traffic.exponent(flash_traffic.against_sram(sizes, 8_192, tile_sizes=flash_traffic.paper_tile_sizes)):.2f} with the paper's rule")
 
 # %% [markdown]
-# With the paper's rule for tiles the exponent is near -1. Ours grows tiles in both directions, so a tile of scores takes a part of the memory that grows faster than its height, and the exponent is smaller.
+# With the paper's rule the exponent is near -1. (The rule gives $\lceil M/4d \rceil$ rows to the outer loop, here the queries, and counts every number as 16 bits. With sums in float32 its tiles would not fit.) The course's tiles must fit with everything in them. A square of scores grows faster than its side, so the exponent is nearer to 0. In the table this shows
+# at 256 KiB: 256 x 128 would need a little more.
 #
 # Fewer bytes for the same operations: the ratio moves from *waits for memory* towards *waits for arithmetic*.
 
@@ -258,7 +259,7 @@ for rows in (16, 64, 128, 256):
 print(f"plain way:           {4 * 8_192**2 * 64 / standard_attention_bytes(8_192, 8_192, 64, 2):4.0f}")
 
 # %% [markdown]
-# Counted are requests of programs. A GPU's L2 cache answers some of them, so what HBM delivers is less: at least every byte once.
+# Counted are requests of programs. A GPU's L2 cache answers some of them, so what HBM delivers is at most that, and at least every byte once. This holds for both ways: the table of a short text may never leave the cache.
 #
 # ## 6. Tiles that need not be computed
 #
@@ -282,28 +283,28 @@ if (guess := reveal("flash.causal_share")) is not None:
     print("Your guess:", guess, "per cent")
 
 # %% [markdown]
-# <details><summary><b>After your guess: not quite half</b></summary>
+# <details><summary><b>After your guess: what the diagonal costs</b></summary>
 #
 # The diagonal tiles are computed whole, half in vain. Sixteen of 256 here, so 47 % are skipped. Longer texts or smaller tiles come nearer to half.
 # </details>
 #
-# The same idea skips whatever a pattern of notebook 08 leaves empty. Here a tile of 64 x 64 is one dot, and a window is exact inside the tiles on its edge.
+# The same idea skips whatever a pattern of notebook 08 leaves empty. Here a tile of 64 x 64 is one dot. A window of 128 means 128 keys to each side, and is exact inside the tiles on its edge.
 
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.widgets.page import pattern_maps
 
-block_mask = torch.eye(16, dtype=torch.bool) | (torch.arange(16) == 0)[None] | (torch.arange(16) == 0)[:, None]
+block_mask = torch.eye(32, dtype=torch.bool) | (torch.arange(32) == 0)[None] | (torch.arange(32) == 0)[:, None]
 settings = {"causal": {"causal": True}, "window 128": {"window": 128}, "causal, window 128": {"causal": True, "window": 128},
             "blocks of choice": {"block_mask": block_mask}}
 maps = {}
 for name, setting in settings.items():
-    maps[name] = torch.zeros(16, 16, dtype=torch.bool)
-    for tile in visited_tiles(1_024, 1_024, block_queries=64, block_keys=64, **setting):
+    maps[name] = torch.zeros(32, 32, dtype=torch.bool)
+    for tile in visited_tiles(2_048, 2_048, block_queries=64, block_keys=64, **setting):
         maps[name][tile.query_block, tile.key_block] = True
-    moved = flash_attention_bytes(1_024, 1_024, 64, 2, block_queries=64, block_keys=64, **setting)
-    print(f"{name:20} {maps[name].sum():3} of 256 tiles, {moved / 2**20:.2f} MiB")
-print(f"{'everything':20} 256 of 256 tiles, {flash_attention_bytes(1_024, 1_024, 64, 2, block_queries=64, block_keys=64) / 2**20:.2f} MiB")
-pattern_maps(maps, caption="Tiles that are computed, 1,024 tokens, 64 x 64. A pattern saves time on a chip when it empties whole tiles.")
+    moved = flash_attention_bytes(2_048, 2_048, 64, 2, block_queries=64, block_keys=64, **setting)
+    print(f"{name:20} {maps[name].sum():4} of 1,024 tiles, {moved / 2**20:.2f} MiB")
+print(f"{'everything':20} 1024 of 1,024 tiles, {flash_attention_bytes(2_048, 2_048, 64, 2, block_queries=64, block_keys=64) / 2**20:.2f} MiB")
+pattern_maps(maps, unit="tiles", caption="Tiles that are computed, 2,048 tokens, 64 x 64. A pattern saves time on a chip when it empties whole tiles.")
 
 # %% [markdown]
 # ## 7. The backward pass: compute it again
@@ -312,11 +313,11 @@ pattern_maps(maps, caption="Tiles that are computed, 1,024 tokens, 64 x 64. A pa
 #
 # $$P = e^{S - \text{LSE}}$$
 #
-# No maximum, no running sum, no order. Then, with $dO$ the gradient that arrives and $S = \text{scale} \cdot QK^\top$:
+# No maximum, no running sum, no order. Then, with $dO$ the gradient that arrives, $S = \text{scale} \cdot QK^\top$ and $\text{scale} = 1/\sqrt d$:
 #
 # $$dV = P^\top dO \qquad dP = dO\, V^\top \qquad dS = P \circ (dP - D) \qquad dQ = \text{scale}\; dS\, K \qquad dK = \text{scale}\; dS^\top Q$$
 #
-# $D$ is the softmax's own term, $D_i = \sum_j P_{ij}\, dP_{ij}$: a sum over the whole row, which a tile does not have. Here is the second trick of the paper. Write the sum out: $\sum_j P_{ij} \sum_c dO_{ic} V_{jc} = \sum_c dO_{ic} \sum_j P_{ij} V_{jc} = \sum_c dO_{ic}\, O_{ic}$. So $D$ is
+# $D_i$ is taken off the whole row $i$. It is the softmax's own term, $D_i = \sum_j P_{ij}\, dP_{ij}$: a sum over the whole row, which a tile does not have. Here is the second trick of the paper. Write the sum out: $\sum_j P_{ij} \sum_c dO_{ic} V_{jc} = \sum_c dO_{ic} \sum_j P_{ij} V_{jc} = \sum_c dO_{ic}\, O_{ic}$. So $D$ is
 # the row sum of $dO \circ O$, and costs one pass over two small matrices.
 
 # %% tags=["nbval-check-output"]
@@ -328,15 +329,15 @@ grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(
 wanted = torch.autograd.grad(output, inputs, grad_output)
 q2, k2, v2 = (x.detach() for x in inputs)
 weights = (q2 @ k2.mT / 32**0.5).softmax(-1)
-print("D is the row sum of dO * O:", torch.allclose((weights * (grad_output @ v2.mT)).sum(-1), (grad_output * output).sum(-1)))
+print("D is the row sum of dO * O:", torch.allclose((weights * (grad_output @ v2.mT)).sum(-1), (grad_output * output).sum(-1), rtol=0, atol=1e-10))
 result, lse = flash_forward(q2, k2, v2, causal=False)
 found = flash_backward(q2, k2, v2, result, lse, grad_output)
-print("gradients from O and LSE equal autograd's:", all(torch.allclose(a, b, atol=1e-10) for a, b in zip(wanted, found, strict=True)))
+print("gradients from O and LSE equal autograd's:", all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(wanted, found, strict=True)))
 print(f"kept for the backward pass: dense {weights.numel():,} weights, tiles {lse.numel():,} numbers (and O, which exists anyway)")
 
 # %% [markdown]
 # The price is arithmetic. A tile takes 2 products forward. Backward takes 5, among them one to make $S$ again. Our kernels take 7: one pass for $dQ$, another for $dK$ and $dV$, and both make $S$ and $dP$. In return no two programs add into one number, and the result is the same in every run.
-# More arithmetic and still faster, because the arithmetic was waiting.
+# More arithmetic need not be slower, if the arithmetic was waiting anyway. The paper's backward pass was faster on a GPU all the same. Ours was not timed there.
 #
 # Memory, measured: the most that torch's allocator held, forward and backward, one head of 64 channels.
 
@@ -380,14 +381,14 @@ else:
     print("Triton exists on Linux only. The cells of this section show their results in the stored notebook.")
 
 # %% [markdown]
-# The forward kernel is section 3 with pointers. Its loop runs in three parts: tiles cut by a mask on the left, whole tiles without any mask, tiles cut on the right.
+# The forward kernel is section 3 with pointers. Its loop runs in three parts: tiles cut by a limit on the left, whole tiles without a limit, tiles cut on the right.
 
 # %%
 if has_triton:
     show_source(forward_kernel)
 
 # %% [markdown]
-# There is no GPU here. Triton has an **interpreter** that runs a kernel on CPU tensors with NumPy, program after program. Slow, and enough to check three things.
+# Triton has an **interpreter** that runs a kernel on CPU tensors with NumPy, program after program. Slow, and enough to check three things.
 #
 # **Is it right?** Lengths that fit no tile, queries and keys of different number, forward and backward, against dense attention in float64.
 
@@ -436,7 +437,7 @@ if has_triton:
         print(f"{rows:3} queries a tile: counted {counted.total:,} bytes, formula {formula:,}; written by two programs: {counted.conflicts.total()}")
 
 # %% [markdown]
-# **Does it stay in its tensors?** The most common bug in kernels is the forgotten mask at the end of a text. On a GPU it reads whatever lies behind the tensor, and the result is wrong now and then. Here is a row sum that works for every power of two:
+# **Does it stay in its tensors?** The most common bug in kernels is the forgotten mask at the end of a text. On a GPU it reads whatever lies behind the row, and the result depends on that. Here is a row sum that works for every power of two:
 
 # %%
 if has_triton:
@@ -464,11 +465,13 @@ if has_triton:
 # %% [markdown]
 # The first row of six read two numbers of the second row, silently. Only the last row left the tensor and was caught. So test lengths that fit no block, and compare with a reference: a tail is a bug that friendly sizes hide.
 #
-# What an interpreter cannot show: races in time, the number of registers, and speed. It also rounds as NumPy does. Stock Triton's interpreter multiplies bfloat16 numbers as if their bits were integers and says nothing; `triton_tools` puts that right.
+# What an interpreter cannot show: races in time, the number of registers, and speed. It also rounds as NumPy does. Stock Triton's interpreter multiplies bfloat16 numbers as if their bits were integers and says nothing; `triton_tools` computes such products rightly, and refuses other arithmetic in bfloat16.
 #
 # ## 9. Depth: what the compiler makes of it
 #
-# Triton's compiler does not need the GPU it compiles for. So machine code can be read here, and three questions asked of it. Does it use the tensor cores? Do loads run ahead of the arithmetic (asynchronous copies)? Do all numbers of a thread fit into its 255 registers, or do some **spill** to memory?
+# A program runs on **warps** of 32 threads. A thread has up to 255 **registers**, the fastest memory of all. The warps of a program share the **shared memory**. **Tensor cores** multiply small matrices in one instruction (`mma.sync`, on an H100 also `wgmma`).
+#
+# Triton's compiler does not need the GPU it compiles for. So its output can be read here: instructions in PTX, NVIDIA's portable assembly, registers and shared memory in the machine code. Three questions. Does it use the tensor cores? Do loads run ahead of the arithmetic (asynchronous copies)? Do all numbers of a thread fit into its 255 registers, or do some **spill** to memory?
 
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.studies import flash_machine_code
@@ -479,13 +482,15 @@ for d_head in (64, 128):
         for kernel in ("forward", "dq", "dkdv"):
             (row,) = flash_machine_code.kernels(code, kernel, chip=chip, dtype="bfloat16", d_head=d_head, default=True)
             instructions = ", ".join(f"{count} {name}" for name, count in row["tensor_core"].items() if count)
-            print(f"{d_head:3} channels, {chip} {kernel:7}: {row['registers']} registers, {row['spilled_bytes']} bytes spilled, {row['shared_bytes'] / 1024:5.1f} KiB shared, {instructions}")
+            print(f"{d_head:3} channels, {chip} {kernel:7}: {row['registers']} registers, {row['spilled_bytes']} bytes spilled, {row['shared_bytes'] / 1024:5.1f} KiB shared, {instructions}, {row['async_copies']} asynchronous copies")
 
 # %% [markdown]
-# Causal attention over 1,024 tokens in bfloat16. Nothing spills, and all shared memory fits (163 KiB a program on an A100, 227 on an H100). The H100's own instruction, `wgmma`, needs products with 64 rows at least. A larger tile moves fewer bytes. Why not take one? A program of the dk/dv kernel carries two sums, dK and dV,
+# Causal attention over 1,024 tokens in bfloat16. Nothing spills, and all shared memory fits (163 KiB a program on an A100, 227 on an H100). The H100's own instruction, `wgmma`, needs products with 64 rows at least. The dk/dv kernel has tiles of 32 x 64, and reads Q and dO once for every block of keys: more keys in a tile would move fewer bytes. Why not take more? A program of this kernel carries two sums, dK and dV,
 # of $B_c \times d$ numbers each, in the registers of its threads:
 #
 # $$\text{registers a thread} = \frac{2\, B_c\, d}{32 \cdot \text{warps}}$$
+#
+# 128 channels, float16, the course's tile first:
 
 # %% tags=["nbval-check-output"]
 for block_queries, block_keys, warps in ((32, 64, 8), (32, 128, 8), (32, 128, 4)):
@@ -495,14 +500,14 @@ for block_queries, block_keys, warps in ((32, 64, 8), (32, 128, 8), (32, 128, 4)
         print(f"{block_queries} x {block_keys:3}, {warps} warps: the sums alone take {sums:3.0f} registers; {chip} spills {row['spilled_bytes']:6,} bytes a thread")
 
 # %% [markdown]
-# With 4 warps the sums alone would take 256 registers, and a thread has 255. The compiler then moves numbers to memory and back, and says nothing. With 8 warps there is room for the sums, and on an A100 still not for everything else. A test compiles every kernel of the course for both chips. It fails if one spills, or has no tensor core instruction, or
-# needs too much shared memory. It flags the tile with 4 warps.
+# With 4 warps the sums alone would take 256 registers, and a thread has 255. The compiler then moves numbers to memory and back, and says nothing. With 8 warps there is room for the sums, and on an A100 still not for everything else. A test compiles every kernel in float16 and bfloat16, 64 and 128 channels, for both chips. It fails if one spills, or needs
+# too much shared memory, or multiplies without tensor cores or asynchronous copies. Another test sees that the tile with 4 warps is flagged.
 #
 # No spills does not yet mean fast. Speed needs the chip.
 #
 # ## 10. On a GPU
 #
-# **Nothing in this course was run on a GPU.** Everything above is arithmetic, an interpreter on a CPU, and machine code. If this notebook finds a GPU, the next cell times our kernel beside torch's own and prints where and when. It claims nothing here.
+# **Nothing in this course was run on a GPU.** Everything here is arithmetic, measured on a CPU, run in an interpreter on a CPU, or read in compiled code. If this notebook finds a GPU, the next cell times our kernel beside torch's own and prints where and when. It claims nothing here.
 
 # %%
 import datetime
@@ -536,7 +541,7 @@ else:
 #
 # ## 11. What this machine can measure
 #
-# A CPU has two memories too, caches and RAM, and torch has a fused kernel for it that works in the same tiles. So fused against separate steps can be timed here: the same pairs, with and without the table. One text, 4 heads of 64 channels, float32, one thread.
+# A CPU has two memories too, caches and RAM, and torch has a fused kernel for it that works in tiles in the same way. So fused against separate steps can be timed here: the same pairs, with and without the table. One text, 4 heads of 64 channels, float32, one thread.
 
 # %%
 from effnlp_lessons.studies import fused_attention
@@ -556,12 +561,12 @@ lines(lengths, {form: [[amount / 2**20 for amount in held[form]]] for form in (D
       caption="Recorded (`fused_attention`), forward and backward. The table grows with the square of the length. Tiles grow with the length.")
 
 # %% [markdown]
-# At 256 tokens there is little to win: the table fits the cache. At 4,096 separate steps take about twice as long as the fused kernel, and causal, where they compute every pair and hide half, about five times. With the backward pass it is a little less. Our tiles in plain PyTorch take about twice the kernel's time from 512 tokens on. Causal,
-# where they skip tiles as the kernel does, they are faster than separate steps from 2,048 tokens on. (Torch's own separate steps do more, to be safe, and take longer still.)
+# At 256 tokens, all pairs, there is little to win: the table of four heads takes 1 MiB, and probably stays in the cache. At 4,096 separate steps take about twice as long as the fused kernel, and causal, where they compute every pair and hide half, about five times. With the backward pass it is less, 1.7 and 3.4 times. Our tiles of 256 x 256 in plain PyTorch take about twice the kernel's time from 512 tokens on. Causal,
+# where they skip tiles as the kernel does, they are faster than separate steps from 1,024 tokens on, with the backward pass from 2,048. (Torch's own separate steps do more, to be safe, and take longer still.)
 #
 # Memory is the clearer gain. At 4,096 tokens, forward and backward, separate steps hold more than 700 MiB, both forms of tiles about 21.
 #
-# Skipping whole tiles is the other gain, and here it can be timed as well. Torch's FlexAttention compiles a kernel for a given mask. A causal window of 256 tokens:
+# Skipping whole tiles is the other gain, and here it can be timed as well. Torch's FlexAttention compiles a kernel for a given mask. A causal window, the last 256 tokens and oneself:
 
 # %%
 for form in (MASKED, CAUSAL_ONLY, FLEX):
@@ -580,7 +585,7 @@ print("in units of the fused kernel over all pairs")
 # %%
 live = fused_attention.run({"lengths": [1_024], "runs": 3, "window": None}, seed=0).numbers["seconds"]["forward, full"]
 for form, ((mid, low, high),) in live.items():
-    print(f"{form:32}1,024 tokens {mid * 1e3:6.1f} ms [{low * 1e3:.1f}, {high * 1e3:.1f}]")
+    print(f"{form:32}1,024 tokens {mid * 1e3:6.1f} ms [quartiles {low * 1e3:.1f}, {high * 1e3:.1f}]")
 
 # %% [markdown]
 # ## 12. The yardstick
@@ -616,19 +621,19 @@ print(table({name: cost(model.eval(), text, runs=3) for name, model in models.it
 # |---|---|---|
 # | order of loops | FlashAttention: keys outside, queries inside; FlashAttention-2: queries outside | queries outside |
 # | update of $\tilde o$ | line 10 of Algorithm 1 in Dao 2023 prints the inverse of the factor | the factor |
-# | backward | one pass, dQ summed up in slow memory by many programs | two kernels, 7 products a tile instead of 5, no two programs add into one number |
-# | exponentials | base 2 inside, as in the released code | base 2 in Triton, base e in PyTorch; LSE natural in both |
+# | backward | one pass, dQ summed up in slow memory by many programs | two kernels and a small one for D, 7 products a tile instead of 5, no two programs add into one number |
+# | exponentials | base e in the paper, base 2 in the released code | base 2 in Triton, base e in PyTorch; LSE natural in both |
 # | float32 on a GPU | | three TF32 products (`tf32x3`), nearly float32; stated at every product |
 # | masks | dropout, ALiBi, windows, shared keys (GQA) | causal, window, padding, list of blocks; no dropout, no GQA |
-# | sizes of tiles | tuned by timing | chosen from machine code: nothing spills; speed never measured |
+# | sizes of tiles | tuned by timing | chosen from machine code: in 16 bits nothing spills (some kernels in float32 do); speed never measured |
 #
-# Agreement was checked with torch: output, gradients and LSE, lengths from 1 to 130, queries and keys of different number, 16 to 128 channels, float32, float16, bfloat16, and float64 gradients by finite differences with tiles of 4 x 4.
+# The kernels were checked in the interpreter: output and gradients against dense attention in float64, LSE against torch's own; lengths from 1 to 130, queries and keys of different number, 16 to 128 channels, float32, float16, bfloat16; gradients in float64 by finite differences with tiles of 4 x 4.
 #
 # ## Choose by cost
 #
 # <details><summary><b>Any model with softmax attention on a GPU.</b></summary>
 #
-# Use the fused kernel that torch already has. It is exact, and costs nothing but the check that it is chosen: some masks send torch back to separate steps.
+# Use the fused kernel that torch already has. It is exact, and costs nothing but the check that it is chosen: a mask given as a tensor, or another number format, may select a slower one.
 # </details>
 #
 # <details><summary><b>A classifier of short texts on a laptop.</b></summary>
@@ -643,13 +648,13 @@ print(table({name: cost(model.eval(), text, runs=3) for name, model in models.it
 #
 # ## Common mistakes
 #
-# * **The old output is not rescaled.** Right as long as the largest score comes first. It often does, in tests.
+# * **The old output is not rescaled.** Right only if each row's largest score lies in the first tile: always, in a test with one tile.
 # * **$-\infty$ minus $-\infty$.** A row that has seen no key yet gives NaN, and NaN stays.
 # * **The tail.** A load behind the end brings zeros or garbage. A score of zero is not "no key": it must be $-\infty$.
 # * **Causal with unequal lengths.** The last query sees the last key. Aligned top-left, a model that generates sees one key.
 # * **LSE without the maximum**, or in base 2 in one place and base e in another.
-# * **A scale forgotten in dK.** dQ is right, the loss still falls, training is slowly wrong.
-# * **One friendly size in the tests.** 128 x 128 with 64 channels has no tail, no padding and no partial tile.
+# * **A scale forgotten in dK.** dQ is right, and a test of dQ alone passes.
+# * **One friendly size in the tests.** 128 x 128 with 64 channels has no tail and no channels to fill up.
 # * **A benchmark against softmax written out by hand.** Torch's attention is fused already: compare with that.
 #
 # ## Quiz
@@ -664,7 +669,7 @@ print(table({name: cost(model.eval(), text, runs=3) for name, model in models.it
 # <details><summary>exp(old maximum - new maximum)</summary>Yes. At most 1. The old sum is multiplied by the same.</details>
 # <details><summary>1, it is divided at the end anyway</summary>No. Then old and new weights are measured against different maxima.</details><br>
 #
-# **3. Twice as many keys in a tile, the same number of queries. The bytes of the forward pass**
+# **3. Twice as many keys in a tile, the same number of queries, no mask. The bytes of the forward pass**
 # <details><summary>halve</summary>No. That is what twice as many queries do.</details>
 # <details><summary>stay the same</summary>Yes. Each block of queries reads all keys once, in however many pieces.</details>
 # <details><summary>double</summary>No. No key is read twice by one block of queries.</details><br>
@@ -677,7 +682,7 @@ print(table({name: cost(model.eval(), text, runs=3) for name, model in models.it
 # **5. A kernel passes all tests in the interpreter. It may still**
 # <details><summary>be wrong in the tail</summary>Not if the tests have lengths that fit no tile. That is what an interpreter shows well.</details>
 # <details><summary>spill registers, or have a race in time</summary>Yes. Programs run one after another there, without registers. Spills can be read in the machine code. For races a GPU is needed.</details>
-# <details><summary>move more bytes than the formula says</summary>No. Every access is counted there.</details>
+# <details><summary>write outside its tensors</summary>Not for the sizes that were tried. An address outside is refused there.</details>
 #
 # ## Where next
 #

@@ -86,5 +86,6 @@ def test_a_data_folder_without_a_list_uses_the_one_of_the_checkout(tmp_path, mon
     monkeypatch.setenv("EFFNLP_DATA", str(tmp_path / "elsewhere"))
     assert set(load_sources()) == {
         "minilm", "minilm_l3", "minilm_int8", "movie_reviews", "general_text", "mnist5k", "shakespeare",
+        "django",
     }  # fmt: skip
     assert paths.prepared_dir() == tmp_path / "elsewhere" / "prepared"

@@ -148,7 +148,7 @@ check("flash.tile_kinds", tile_kinds)
 # The forward pass of FlashAttention-2 (Dao 2023). Scores are $S = Q K^\top / \sqrt{d}$. Take a block of queries, go through the blocks of keys as in exercise 1, and go on to the next block of queries.
 # Return the output (queries, d_head) and the **log-sum-exp** of each query's scores, $\text{lse} = m + \log l$, natural logarithm, $-\infty$ where there is no key.
 #
-# No tensor may have as many entries as the table of all queries and keys. Lengths need not be multiples of the blocks.
+# If the text is longer than the tiles, no tensor may have as many entries as the table of all queries and keys. Lengths need not be multiples of the blocks.
 
 # %% tags=["exercise"]
 def flash_forward(
@@ -191,7 +191,8 @@ check("flash.forward", flash_forward)
 #
 # *40 minutes, difficulty 4 of 5, optional.*
 #
-# The weights were never stored. The backward pass makes each tile of them again, from the log-sum-exp. With $\text{scale} = 1/\sqrt{d}$ and $\circ$ entry by entry:
+# The weights were never stored. The backward pass makes each tile of them again, from the log-sum-exp. With $S = \text{scale} \cdot QK^\top$, $\text{scale} = 1/\sqrt{d}$ and $\circ$ entry by entry
+# (here $dS$ contains the scale, in the lecture it does not):
 #
 # $$\begin{aligned}
 # \text{delta} &= \text{rowsum}(dO \circ O) & P &= \exp(S - \text{lse}) & dV &= P^\top dO\\

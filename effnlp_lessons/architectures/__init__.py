@@ -1,0 +1,1 @@
+"""The lecture on efficient architectures: mixture of experts and state spaces."""
