@@ -234,14 +234,15 @@ if (guess := reveal("flash.small_sram")) is not None:
 # The same against the size of the fast memory. A tile must fit with its queries, keys, values, scores, unfinished output, maxima and sums. The paper's law says: traffic falls like $M^{-1}$.
 
 # %% tags=["reveal"]
-sizes = [2**i for i in range(14, 20)]
-points = flash_traffic.against_sram(sizes, length=8_192)
-for point in points:
-    tile = f"{point.block_queries} x {point.block_keys}"
-    print(f"{point.sram_bytes // 1_024:4} KiB: tiles of {tile:9} move {point.bytes / 2**20:7.1f} MiB")
-print(f"plain way: {standard_attention_bytes(8_192, 8_192, 64, 2) / 2**20:.0f} MiB")
-print(f"measured exponent: {flash_traffic.exponent(points):.2f} with the course's tiles, "
-      f"{flash_traffic.exponent(flash_traffic.against_sram(sizes, 8_192, tile_sizes=flash_traffic.paper_tile_sizes)):.2f} with the paper's rule")
+if reveal("flash.small_sram") is not None:
+    sizes = [2**i for i in range(14, 20)]
+    points = flash_traffic.against_sram(sizes, length=8_192)
+    for point in points:
+        tile = f"{point.block_queries} x {point.block_keys}"
+        print(f"{point.sram_bytes // 1_024:4} KiB: tiles of {tile:9} move {point.bytes / 2**20:7.1f} MiB")
+    print(f"plain way: {standard_attention_bytes(8_192, 8_192, 64, 2) / 2**20:.0f} MiB")
+    print(f"measured exponent: {flash_traffic.exponent(points):.2f} with the course's tiles, "
+          f"{flash_traffic.exponent(flash_traffic.against_sram(sizes, 8_192, tile_sizes=flash_traffic.paper_tile_sizes)):.2f} with the paper's rule")
 
 # %% [markdown]
 # With the paper's rule the exponent is near -1. (The rule gives $\lceil M/4d \rceil$ rows to the outer loop, here the queries, and counts every number as 16 bits. With sums in float32 its tiles would not fit.) The course's tiles must fit with everything in them. A square of scores grows faster than its side, so the exponent is nearer to 0. In the table this shows
@@ -252,7 +253,7 @@ print(f"measured exponent: {flash_traffic.exponent(points):.2f} with the course'
 # %% tags=["nbval-check-output"]
 from effnlp_lessons.attention.flash_costs import flash_attention_flops
 
-for rows in (16, 64, 128, 256):
+for rows in (64, 128, 256):
     sizes_ = {"block_queries": rows, "block_keys": 64}
     moved, flops = flash_attention_bytes(8_192, 8_192, 64, 2, **sizes_), flash_attention_flops(8_192, 8_192, 64, **sizes_)
     print(f"{rows:3} queries a tile: {flops / moved:4.0f} operations per byte")
