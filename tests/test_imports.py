@@ -12,7 +12,7 @@ from effnlp_lessons.paths import ROOT
 
 HEAVY = ["transformers", "triton", "matplotlib", "ipywidgets"]
 WINGS = ["distillation", "quantization", "pruning", "attention", "architectures"]
-TRITON_FILES = ["effnlp_lessons/attention/flash_triton.py", "effnlp_lessons/attention/triton_tools.py"]
+TRITON_FILES = [f"effnlp_lessons/attention/{name}.py" for name in ("flash_kernels", "triton_tools", "triton_offline")]
 
 # Imports the modules named on the command line after torch; prints for each what it loaded and its seconds
 # of processor time, which a busy machine does not stretch.

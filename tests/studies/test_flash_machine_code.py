@@ -41,6 +41,14 @@ def test_rows_are_chosen_by_kernel_and_setting():
     assert [row["chip"] for row in kernels({"runs": runs}, kernel="dkdv")] == ["A100", "H100"]
 
 
+def test_runs_of_a_setting_must_agree_and_count_once():
+    run = {"setting": {"chip": "A100"}, "kernels": [{"kernel": "dq", "registers": 1}]}
+    other = run | {"kernels": [{"kernel": "dq", "registers": 2}]}
+    assert len(list(kernels({"runs": [run, run]}))) == 1
+    with pytest.raises(ValueError, match="must give the same code, got two for .*A100"):
+        list(kernels({"runs": [run, other]}))
+
+
 # ------------------------------------------------------------------------ recorded
 
 
