@@ -16,7 +16,7 @@ from typing import Any
 
 from effnlp_lessons.studies.runner import Outcome, Study
 
-OTHERS = [(32, block_keys, warps) for block_keys in (32, 64, 128) for warps in (4, 8)]  # tiles of dk/dv
+OTHERS = [[32, block_keys, warps] for block_keys in (32, 64, 128) for warps in (4, 8)]  # tiles of dk/dv
 BAD = (32, 128, 4)  # which spills at d_head 128
 
 
