@@ -15,6 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def check_key_padding_mask(mask: Tensor | None, batch: int, length: int) -> None:
     """Raise a ValueError unless `mask` is None or a bool tensor (batch, length), True = a real token."""
     if mask is None:

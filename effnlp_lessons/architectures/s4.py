@@ -29,16 +29,11 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
 from effnlp_lessons.architectures.hippo import bilinear, nplr
-from effnlp_lessons.dense_attention import check_key_padding_mask
+from effnlp_lessons.dense_attention import at_least_float32, check_key_padding_mask
 from effnlp_lessons.transformer import TransformerConfig
 
 STEP_RANGE = (1e-3, 1e-1)  # Δ at the start, log-uniform over the features
 BLOCK = 64  # tokens that `S4.final_state` takes at once
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def as_complex(x: Float[Tensor, "*shape two"]) -> Complex[Tensor, "*shape"]:
@@ -282,15 +277,15 @@ class StateSpaceMixer(nn.Module):
 
     def kernel(self, length: int) -> Float[Tensor, "channels d_model length"]:
         """K_0 .. K_{length-1} of every feature, in one channel or (bidirectional) two."""
-        raise NotImplementedError
+        raise NotImplementedError  # S4 and S4D each have their own
 
     def step_form(self) -> StepForm:
         """The recurrence of the first channel, for `run_steps`."""
-        raise NotImplementedError
+        raise NotImplementedError  # S4 and S4D each have their own
 
     def final_state(self, form: StepForm, u: Float[Tensor, "batch d_model length"]) -> Tensor:
         """x after all of `u`, (batch, d_model, pairs), by blocks instead of token by token."""
-        raise NotImplementedError
+        raise NotImplementedError  # S4 and S4D each have their own
 
     def set_step_scale_(self, step_scale: float) -> None:
         """Run with Δ times `step_scale` from now on, in place: 2 for signals sampled half as often as in training.

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effnlp_lessons.architectures.experts import Experts
-from effnlp_lessons.dense_attention import check_key_padding_mask
+from effnlp_lessons.dense_attention import at_least_float32, check_key_padding_mask
 from effnlp_lessons.transformer import TransformerConfig
 
 NOISE_FLOOR = 0.01  # least standard deviation of the noise
@@ -38,10 +38,6 @@ class Gating(NamedTuple):
 
     gates: Float[Tensor, "tokens ... experts"]  # G(x): k of them above zero, with sum 1
     load: Float[Tensor, "... experts"] | None  # estimated tokens per expert, None without noise
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_k(name: str, k: int, experts: int) -> None:
@@ -115,7 +111,7 @@ def noisy_top_k_gating(
     if noise is not None and tuple(noise.shape) != (len(x), experts):
         raise ValueError(f"noise must have shape {(len(x), experts)}, got {tuple(noise.shape)}")
     with torch.autocast(x.device.type, enabled=False):  # in bfloat16 many experts would tie
-        x, w_gate, w_noise = _at_least_float32(x), _at_least_float32(w_gate), _at_least_float32(w_noise)
+        x, w_gate, w_noise = at_least_float32(x), at_least_float32(w_gate), at_least_float32(w_noise)
         clean = noisy = x @ w_gate
         load = None
         if noise is not None:
@@ -133,7 +129,7 @@ def noisy_top_k_gating(
 
 def cv_squared(x: Tensor) -> Float[Tensor, ""]:
     """Squared coefficient of variation of all numbers in `x`: population variance / (mean² + 1e-10)."""
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     return x.var(correction=0) / (x.mean().square() + CV_FLOOR)
 
 
@@ -252,7 +248,8 @@ class SparselyGatedExperts(nn.Module):
         return torch.randn(*shape, generator=self.generator).to(next(self.parameters()).device)
 
     def gate(self, x: Float[Tensor, "tokens d_model"]) -> Gating:
-        raise NotImplementedError
+        """The gates of real tokens, (tokens, experts) or (tokens, groups, experts)."""
+        raise NotImplementedError  # NoisyTopKMoE and HierarchicalMoE each have their own
 
     def forward(
         self,

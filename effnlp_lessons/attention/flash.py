@@ -34,8 +34,7 @@ from torch import Tensor
 
 from effnlp_lessons.attention.blocks import without_padding
 from effnlp_lessons.attention.flash_costs import Tile, TwoMemories, visited_tiles
-from effnlp_lessons.attention.linear import at_least_float32
-from effnlp_lessons.dense_attention import check_key_padding_mask
+from effnlp_lessons.dense_attention import at_least_float32, check_key_padding_mask
 
 
 def check_flash_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

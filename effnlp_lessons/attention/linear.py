@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from effnlp_lessons.attention.blocks import check_inputs, check_positive, without_padding
-from effnlp_lessons.dense_attention import check_key_padding_mask
+from effnlp_lessons.dense_attention import at_least_float32, check_key_padding_mask
 from effnlp_lessons.transformer import SelfAttention, TransformerConfig
 
 CHUNK = 64  # tokens; the fastest on a CPU for heads of 64
@@ -35,11 +35,6 @@ def feature_map(x: Float[Tensor, "... d_head"]) -> Float[Tensor, "... d_head"]:
     """φ(x) = elu(x) + 1 (Eq. 7), positive everywhere; float32 for float16 and bfloat16, else the dtype of `x`."""
     x = at_least_float32(x)
     return torch.relu(x) + x.clamp(max=0).exp_()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def hide_padding(k: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from effnlp_lessons.attention.blocks import check_inputs, check_positive, without_padding
 from effnlp_lessons.attention.linear import (
-    at_least_float32,
     attend_features,
     attend_features_causal,
     hide_padding,
 )
+from effnlp_lessons.dense_attention import at_least_float32
 
 
 def draw_projections(
