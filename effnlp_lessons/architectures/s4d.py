@@ -29,7 +29,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from effnlp_lessons.architectures.hippo import check_state, nplr
-from effnlp_lessons.architectures.s4 import StateSpaceMixer, StepForm, as_complex
+from effnlp_lessons.architectures.state_space import StateSpaceMixer, StepForm, as_complex
 from effnlp_lessons.transformer import TransformerConfig
 
 STARTS = ("legs", "lin", "inv")

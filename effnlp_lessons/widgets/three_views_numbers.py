@@ -31,15 +31,9 @@ from effnlp_lessons.architectures.hippo import (
     nplr,
     random_memory,
 )
-from effnlp_lessons.architectures.s4 import (
-    c_to_generating,
-    dense_dplr,
-    fft_convolution,
-    kernel_by_powers,
-    recurrence,
-    s4_kernel,
-)
+from effnlp_lessons.architectures.s4 import c_to_generating, dense_dplr, kernel_by_powers, recurrence, s4_kernel
 from effnlp_lessons.architectures.s4d import discretise_diagonal, s4d_kernel, s4d_start
+from effnlp_lessons.architectures.state_space import fft_convolution
 
 LENGTH = 128  # samples of the signal at the full rate
 LEGS, LIN, RANDOM = KINDS = ("HiPPO-LegS", "S4D-Lin", "random stable")

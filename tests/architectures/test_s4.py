@@ -12,23 +12,25 @@ from hypothesis import strategies as st
 from effnlp_lessons.architectures.hippo import bilinear, hippo_legs, nplr
 from effnlp_lessons.architectures.s4 import (
     S4,
-    ReadInputs,
-    RecurrentState,
-    StateSpaceMixer,
-    as_complex,
     c_from_generating,
     c_to_generating,
     dense_dplr,
     dplr_step_form,
-    fft_convolution,
     kernel_by_powers,
     recurrence,
-    run_steps,
     s4_kernel,
+)
+from effnlp_lessons.architectures.s4d import S4D
+from effnlp_lessons.architectures.state_space import (
+    ReadInputs,
+    RecurrentState,
+    StateSpaceMixer,
+    as_complex,
+    fft_convolution,
+    run_steps,
     state_space_parameters,
     with_conjugates,
 )
-from effnlp_lessons.architectures.s4d import S4D
 from effnlp_lessons.attention.guard import largest_storage
 from effnlp_lessons.measure import count_macs
 from effnlp_lessons.transformer import Decoder, DecoderState, Encoder, TransformerConfig

@@ -9,15 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnlp_lessons.architectures.hippo import bilinear, hippo_legs, nplr
-from effnlp_lessons.architectures.s4 import (
-    c_to_generating,
-    fft_convolution,
-    kernel_by_powers,
-    recurrence,
-    run_steps,
-    s4_kernel,
-    with_conjugates,
-)
+from effnlp_lessons.architectures.s4 import c_to_generating, kernel_by_powers, recurrence, s4_kernel
 from effnlp_lessons.architectures.s4d import (
     DISCRETISATIONS,
     S4D,
@@ -27,6 +19,7 @@ from effnlp_lessons.architectures.s4d import (
     s4d_kernel,
     s4d_start,
 )
+from effnlp_lessons.architectures.state_space import fft_convolution, run_steps, with_conjugates
 from effnlp_lessons.attention.guard import largest_storage
 from effnlp_lessons.measure import count_macs
 from effnlp_lessons.transformer import TransformerConfig
